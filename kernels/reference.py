@@ -1,0 +1,179 @@
+"""The reference: a routing rule in plain MLX operations, with the changes an override asks for.
+
+Every operation stands in the order and dtype in which mlx-lm's blocks have it, because ids must
+agree bit for bit: at the k-th place ties hit 4 to 14 % of the tokens in bfloat16.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .rule import Groups, Rule, Score, Side
+
+NEGATIVE_INFINITY = -float("inf")
+
+
+def _score(kind: Score, logits: mx.array) -> mx.array:
+    match kind:
+        case "identity":
+            return logits
+        case "softmax":
+            return mx.softmax(logits, axis=-1)
+        case "softmax_precise":
+            return mx.softmax(logits, axis=-1, precise=True)
+        case "softmax_float32":
+            return mx.softmax(logits.astype(mx.float32), axis=-1)
+        case "sigmoid":
+            return mx.sigmoid(logits)
+        case "sigmoid_float32":
+            return mx.sigmoid(logits.astype(mx.float32))
+        case "sqrt_softplus_float32":
+            return mx.sqrt(nn.softplus(logits.astype(mx.float32)))
+    raise ValueError(f"unknown score {kind!r}")
+
+
+def _best(scores: mx.array, k: int, side: Side) -> mx.array:
+    if side == "low":
+        return mx.argpartition(-scores, kth=k - 1, axis=-1)[..., :k]
+    if side == "high":
+        return mx.argpartition(scores, kth=-k, axis=-1)[..., -k:]
+    return mx.argsort(-scores, axis=-1)[..., :k]
+
+
+def _drop_groups(choice: mx.array, groups: Groups, fill: float) -> tuple[mx.array, mx.array | None]:
+    """`choice` with the dropped groups filled, and which experts were dropped (None: none)."""
+    drop = groups.count - groups.keep
+    if drop <= 0:
+        return choice, None
+    grouped = mx.unflatten(choice, axis=-1, shape=(groups.count, -1))
+    if groups.score == "max":
+        best = grouped.max(axis=-1, keepdims=True)
+    else:
+        best = mx.topk(grouped, 2, axis=-1).sum(axis=-1, keepdims=True)
+    worst = mx.argpartition(best, kth=drop - 1, axis=-2)[..., :drop, :]
+    filled = mx.put_along_axis(grouped, worst, mx.array(fill, grouped.dtype), axis=-2)
+    dropped = mx.zeros(grouped.shape, dtype=mx.bool_)
+    dropped = mx.put_along_axis(dropped, worst, mx.array(True), axis=-2)
+    return mx.flatten(filled, -2, -1), mx.flatten(dropped, -2, -1)
+
+
+def expert_scores(rule: Rule, logits: mx.array, mask: mx.array | None = None) -> mx.array:
+    """The unbiased scores [..., E] of `logits` [..., E]; masked experts score as logit -inf."""
+    if rule.multiplier != 1.0:
+        logits = logits * rule.multiplier
+    if rule.softcap > 0:
+        logits = mx.tanh(logits.astype(mx.float32) / rule.softcap) * rule.softcap
+    if rule.temperature != 1.0:
+        logits = logits / rule.temperature
+    if mask is not None:
+        logits = mx.where(mask, mx.array(NEGATIVE_INFINITY, logits.dtype), logits)
+    return _score(rule.score, logits)
+
+
+def select(
+    rule: Rule,
+    scores: mx.array,
+    k: int,
+    *,
+    mask: mx.array | None = None,
+    force: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """The ids [..., k] of the chosen experts, and the scores [..., E] their weights come from.
+
+    The returned scores are `scores`, except where the rule gives weight 0 to the experts of
+    dropped groups.
+    """
+    choice = scores
+    if rule.selection_bias is not None:
+        bias = rule.selection_bias
+        choice = choice + (bias.astype(choice.dtype) if rule.bias_dtype == "scores" else bias)
+    if mask is not None:
+        # A selection bias could still lift a masked expert, so the mask holds after it, too.
+        choice = mx.where(mask, mx.array(NEGATIVE_INFINITY, choice.dtype), choice)
+    if rule.groups is not None:
+        fill = rule.groups.fill
+        if mask is not None and fill == NEGATIVE_INFINITY:
+            # Dropped groups stay above masked experts where the kept groups hold fewer than k.
+            fill = float(mx.finfo(choice.dtype).min)
+        choice, dropped = _drop_groups(choice, rule.groups, fill)
+        if mask is not None:
+            choice = mx.where(mask, mx.array(NEGATIVE_INFINITY, choice.dtype), choice)
+        if rule.groups.zero_scores and dropped is not None:
+            if force is not None:
+                dropped = mx.logical_and(dropped, mx.logical_not(force))
+            scores = mx.where(dropped, mx.array(0, scores.dtype), scores)
+    if force is not None:
+        choice = mx.where(force, mx.array(float("inf"), choice.dtype), choice)
+    return mx.stop_gradient(_best(choice, k, rule.side)), scores
+
+
+def route(
+    rule: Rule,
+    logits: mx.array,
+    k: int,
+    *,
+    input_dtype: mx.Dtype | None = None,
+    mask: mx.array | None = None,
+    force: mx.array | None = None,
+    bias: mx.array | None = None,
+    scale: mx.array | None = None,
+    ids: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Expert ids and expert weights of `logits` under `rule`.
+
+    Args:
+        rule: The block's rule.
+        logits: [..., E] router logits, any float dtype.
+        k: Experts per token.
+        input_dtype: The dtype of the block's input, for rules that cast to it.
+        mask: [E] bool; True bars an expert. At least `k` must stay.
+        force: [E] bool; True puts an expert among the k in every token. At most `k`.
+        bias: [E], added to the logits, so it changes selection and weights.
+        scale: [E], times the final weight of an expert.
+        ids: [..., k] ids to use in place of the selection; weights follow the rule.
+
+    Returns:
+        ids uint32 [..., k] and weights [..., k], in the slot order of the block itself (not
+        sorted by weight).
+    """
+    if bias is not None:
+        logits = logits + bias.astype(logits.dtype)
+    scores = expert_scores(rule, logits, mask)
+    if ids is None:
+        ids, scores = select(rule, scores, k, mask=mask, force=force)
+    return ids, _weights(rule, scores, ids, logits.dtype, input_dtype, scale)
+
+
+def _weights(
+    rule: Rule,
+    scores: mx.array,
+    ids: mx.array,
+    logits_dtype: mx.Dtype,
+    input_dtype: mx.Dtype | None,
+    scale: mx.array | None,
+) -> mx.array:
+    weights = mx.take_along_axis(scores, ids, axis=-1)
+    if rule.score_chosen is not None:
+        weights = _score(rule.score_chosen, weights)
+    if rule.normalise != "no" and ids.shape[-1] >= rule.normalise_from_k:
+        if rule.normalise == "l1":
+            weights = weights / mx.linalg.norm(weights, ord=1, axis=-1, keepdims=True)
+        else:
+            total = mx.sum(weights, axis=-1, keepdims=True)
+            if rule.normalise == "sum_floor":
+                total = mx.maximum(total, rule.epsilon)
+            elif rule.epsilon:
+                total = total + rule.epsilon
+            weights = weights / total
+    if rule.scale is not None:
+        weights = weights * rule.scale
+    if rule.per_expert_scale is not None:
+        weights = weights * rule.per_expert_scale[ids]
+    if rule.cast == "logits":
+        weights = weights.astype(logits_dtype)
+    elif rule.cast == "input" and input_dtype is not None:
+        weights = weights.astype(input_dtype)
+    if scale is not None:
+        weights = weights * scale[ids].astype(weights.dtype)
+    return weights

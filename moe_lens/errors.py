@@ -1,0 +1,19 @@
+"""Errors that tell a user, in one sentence, what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+
+class MoeLensError(Exception):
+    """Something failed for a reason the user can act on. The command line exits with 1."""
+
+
+class UsageError(MoeLensError):
+    """What was asked for cannot be: a wrong option, expert, layer or number. Exits with 2."""
+
+
+class UnsupportedModelError(MoeLensError):
+    """The model has no routed experts, or not in a form that can be seen or changed."""
+
+
+class CaptureError(MoeLensError):
+    """A capture or a recording that holds nothing, or not what was asked for."""
