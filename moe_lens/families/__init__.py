@@ -1,0 +1,24 @@
+"""Router families: for each block class of mlx-lm, where its seams are and which rule it has.
+
+A new architecture is one more `Block` in the file of the family that routes alike; a block that
+needs code of its own gets a file named after its model type.
+"""
+
+from .declaration import OVERRIDES, VALUES, Block
+from .layer import MoELayer
+from .registry import FAMILIES, Support, all_supported, find_moe_layers, support
+from .seams import Attachment, SeamError
+
+__all__ = [
+    "FAMILIES",
+    "OVERRIDES",
+    "VALUES",
+    "Attachment",
+    "Block",
+    "MoELayer",
+    "SeamError",
+    "Support",
+    "all_supported",
+    "find_moe_layers",
+    "support",
+]
