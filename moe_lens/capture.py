@@ -1,0 +1,217 @@
+"""A capture: the values of chosen layers, token by token, aligned with the token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import CaptureError, UnsupportedModelError, UsageError
+from .families import VALUES, MoELayer
+from .forward import NO_EXPERT, ROUTING, Forward
+
+PUBLIC_VALUES = VALUES[:6]
+
+
+@dataclass(frozen=True)
+class LayerCapture:
+    """What one layer showed, one row for each token. Values that were not asked for are None.
+
+    Attributes:
+        layer: Index of the layer in the model.
+        expert_ids: [tokens, k] uint8 (uint16 above 256 experts), slot 0 has the highest weight.
+        expert_weights: [tokens, k] float32, what the block multiplies by.
+        router_logits: [tokens, router width] float32.
+        expert_outputs: [tokens, k, hidden] float32, before the weights, in the order of the ids.
+        routed_output: [tokens, hidden] float32.
+        shared_output: [tokens, hidden] float32, before any gate.
+        expert_inputs: [tokens, hidden] float32, what the experts read.
+    """
+
+    layer: int
+    expert_ids: np.ndarray | None = None
+    expert_weights: np.ndarray | None = None
+    router_logits: np.ndarray | None = None
+    expert_outputs: np.ndarray | None = None
+    routed_output: np.ndarray | None = None
+    shared_output: np.ndarray | None = None
+    expert_inputs: np.ndarray | None = None
+
+
+class Capture:
+    """Values of every forward while it is attached; read it by layer: ``seen[3].expert_ids``.
+
+    Pads are left out. Rows are tokens in the order in which the model read them; `prompt` and
+    `position` say where each belongs.
+
+    Args:
+        layers: The MoE layers of the model.
+        values: Names from `moe_lens.VALUES`; empty for ids and weights.
+        only: Indices of the layers to keep; None for all.
+
+    Raises:
+        UsageError: For an unknown value or layer.
+        UnsupportedModelError: If no chosen layer can give a value, with the reason.
+    """
+
+    def __init__(
+        self, layers: Sequence[MoELayer], values: Sequence[str], only: Sequence[int] | None = None
+    ) -> None:
+        self.wanted = tuple(values) or ("expert_ids", "expert_weights")
+        unknown = sorted(set(self.wanted) - set(VALUES))
+        if unknown:
+            raise UsageError(f"there is no value {unknown[0]!r}: choose from {', '.join(VALUES)}")
+        known = {layer.index: layer for layer in layers}
+        chosen = tuple(known) if only is None else tuple(only)
+        missing = [index for index in chosen if index not in known]
+        if missing or not chosen:
+            raise UsageError(
+                f"layer {missing[0] if missing else '(none)'} has no routed experts; the MoE "
+                f"layers are {', '.join(map(str, known))}"
+            )
+        self.layers = chosen
+        self._given = {
+            index: tuple(name for name in self.wanted if known[index].reason(name) is None)
+            for index in chosen
+        }
+        for name in self.wanted:
+            if not any(name in given for given in self._given.values()):
+                reason = known[chosen[0]].reason(name)
+                raise UnsupportedModelError(f"this model cannot give {name}: {reason}")
+        needs = set(self.wanted)
+        if needs & (ROUTING | {"expert_outputs"}):
+            # Slots are sorted by weight, so ids and outputs need the weights, too.
+            needs |= ROUTING
+        self.values = frozenset(needs)
+        self._id_dtype = (
+            mx.uint8 if max(known[i].router_width for i in chosen) <= 256 else mx.uint16
+        )
+        self._forwards: list[_Kept] = []
+        self._prompts = 0
+        self._lengths: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._rows: dict[str, np.ndarray] | None = None
+        self._by_layer: dict[int, LayerCapture] = {}
+
+    def record(self, forward: Forward) -> None:
+        """Keep what this forward showed (called by the instrument)."""
+        kept = _Kept(forward, self._given, self._id_dtype)
+        batch, length = forward.shape
+        valid = forward.valid.reshape(batch, length)
+        if not forward.continues or len(self._lengths) != batch:
+            self._prompts += len(self._lengths)
+            self._lengths = np.zeros(batch, dtype=np.int64)
+        kept.position = (self._lengths[:, None] + np.cumsum(valid, axis=1) - 1)[valid]
+        kept.prompt = (self._prompts + np.repeat(np.arange(batch), length))[forward.valid]
+        self._lengths = self._lengths + valid.sum(axis=1)
+        mx.async_eval(kept.arrays())
+        self._forwards.append(kept)
+        self._rows = None
+        self._by_layer.clear()
+
+    # Reading -----------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """The number of tokens captured."""
+        return sum(int(kept.valid.sum()) for kept in self._forwards)
+
+    def __iter__(self) -> Iterator[LayerCapture]:
+        return (self[layer] for layer in self.layers)
+
+    @property
+    def token_ids(self) -> np.ndarray:
+        """[tokens] int32."""
+        return self._token_rows()["token_ids"]
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """[tokens] int32, the number of the sequence a token belongs to, from 0."""
+        return self._token_rows()["prompt"]
+
+    @property
+    def position(self) -> np.ndarray:
+        """[tokens] int32, the place of a token in its sequence, from 0."""
+        return self._token_rows()["position"]
+
+    def __getitem__(self, layer: int) -> LayerCapture:
+        """The values of one layer, named by its index in the model."""
+        if layer not in self._given:
+            raise UsageError(f"layer {layer} was not captured; captured are {list(self.layers)}")
+        self.check()
+        if layer not in self._by_layer:
+            place = self.layers.index(layer)
+            arrays = {
+                name: np.concatenate([kept.rows(name, place) for kept in self._forwards])
+                for name in self._given[layer]
+            }
+            self._by_layer[layer] = LayerCapture(layer, **arrays)
+        return self._by_layer[layer]
+
+    def check(self) -> None:
+        """Raise a CaptureError if nothing was captured."""
+        if len(self) == 0:
+            raise CaptureError(
+                "nothing was captured: the model did not run inside the capture (call generate, "
+                "forward or the model itself within the with block)"
+            )
+
+    def _token_rows(self) -> dict[str, np.ndarray]:
+        self.check()
+        if self._rows is None:
+            self._rows = {
+                "token_ids": np.concatenate([kept.tokens() for kept in self._forwards]),
+                "prompt": np.concatenate([kept.prompt for kept in self._forwards]),
+                "position": np.concatenate([kept.position for kept in self._forwards]),
+            }
+            self._rows = {name: rows.astype(np.int32) for name, rows in self._rows.items()}
+        return self._rows
+
+
+class _Kept:
+    """What a capture keeps of one forward: compact arrays, pads still inside."""
+
+    def __init__(
+        self, forward: Forward, given: dict[int, tuple[str, ...]], id_dtype: mx.Dtype
+    ) -> None:
+        self.valid = forward.valid
+        self.prompt = self.position = np.zeros(0, dtype=np.int64)
+        self.token_ids = forward.token_ids
+        self._stacked: dict[str, mx.array] = {}
+        self._arrays: dict[tuple[str, int], mx.array] = {}
+        self.uneven = False
+        names = {name for each in given.values() for name in each}
+        if names & ROUTING:
+            chosen = mx.array([forward.layers.index(layer) for layer in given])
+            ids, weights = forward.routing()
+            if len(given) < len(forward.layers):
+                ids, weights = ids[chosen], weights[chosen]
+            self.uneven = forward.uneven
+            # Ids as a view would hold the whole [tokens, experts] buffer of the partition.
+            dtype = mx.uint16 if self.uneven else id_dtype
+            self._stacked = {"expert_ids": ids.astype(dtype), "expert_weights": weights}
+        for place, (layer, wanted) in enumerate(given.items()):
+            for name in wanted:
+                if name in ROUTING:
+                    continue
+                value = forward.value(name, layer)
+                if name == "expert_outputs":
+                    order = forward.order(layer)
+                    value = mx.take_along_axis(value, order[..., None], axis=1)
+                self._arrays[name, place] = value.astype(mx.float32)
+
+    def arrays(self) -> list[mx.array]:
+        return [*self._stacked.values(), *self._arrays.values(), self.token_ids]
+
+    def tokens(self) -> np.ndarray:
+        return np.array(self.token_ids).reshape(-1)[self.valid]
+
+    def rows(self, name: str, place: int) -> np.ndarray:
+        """[valid tokens, ...] of the layer at `place`."""
+        if name not in ROUTING:
+            return np.array(self._arrays[name, place])[self.valid]
+        rows = np.array(self._stacked[name][place])[self.valid]
+        if self.uneven:
+            used = np.array(self._stacked["expert_ids"][place])[0] != NO_EXPERT
+            rows = rows[:, used]
+        return rows

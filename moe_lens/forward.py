@@ -1,0 +1,109 @@
+"""What one forward of the model showed: its tokens, and the values of every observed layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from .errors import CaptureError
+from .families import MoELayer
+
+NO_EXPERT = 65535
+"""The id in a slot that a layer with a smaller k leaves empty; its weight is 0."""
+
+ROUTING = frozenset({"expert_ids", "expert_weights"})
+
+
+class Sink(Protocol):
+    """Something that takes the values of each forward: a capture, a recorder, a statistic.
+
+    `record` is called once after each forward. Its arrays are lazy: a sink evaluates what it
+    keeps (or reduces it) before it returns, so that memory stays bounded.
+    """
+
+    values: frozenset[str]
+
+    def record(self, forward: Forward) -> None: ...
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the model.
+
+    Attributes:
+        token_ids: [B, L] int, the input.
+        valid: [B * L] bool, False where a token is a pad.
+        continues: Whether this forward goes on with the sequences of the one before it (the
+            same cache), as in generation.
+        layers: Indices of the observed MoE layers.
+    """
+
+    token_ids: mx.array
+    valid: np.ndarray
+    continues: bool
+    layers: tuple[int, ...]
+    _modules: Mapping[int, MoELayer]
+    _values: Mapping[int, Mapping[str, mx.array]]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the batch."""
+        batch, length = self.token_ids.shape
+        return batch, length
+
+    def reason(self, name: str, layer: int) -> str | None:
+        """Why `layer` cannot give the value `name`; None: it can."""
+        return self._modules[layer].reason(name)
+
+    def value(self, name: str, layer: int) -> mx.array:
+        """[B * L, ...] the value of one layer, in the block's own dtype and slot order."""
+        reason = self.reason(name, layer)
+        if reason is not None:
+            raise CaptureError(f"layer {layer} cannot give {name}: {reason}")
+        try:
+            value = self._values[layer][name]
+        except KeyError:
+            raise CaptureError(
+                f"layer {layer} ({self._modules[layer].path}) ran without showing {name}, so the "
+                "model changed under the capture: detach other hooks and load it again"
+            ) from None
+        trailing = 2 if name == "expert_outputs" else 1
+        return value.reshape(-1, *value.shape[value.ndim - trailing :])
+
+    @property
+    def uneven(self) -> bool:
+        """Whether layers differ in k in this forward."""
+        return len({self.value("expert_ids", layer).shape[-1] for layer in self.layers}) > 1
+
+    def order(self, layer: int) -> mx.array:
+        """[B * L, k] the slots of `layer` by falling weight (ties: the lower slot first)."""
+        return mx.argsort(-self.value("expert_weights", layer).astype(mx.float32), axis=-1)
+
+    def routing(self) -> tuple[mx.array, mx.array]:
+        """Expert ids uint32 and weights float32, both [layers, B * L, k], best slot first.
+
+        Where layers differ in k, the slots that one does not fill hold `NO_EXPERT` and 0.
+        """
+        ids = [self.value("expert_ids", layer).astype(mx.uint32) for layer in self.layers]
+        weights = [self.value("expert_weights", layer).astype(mx.float32) for layer in self.layers]
+        widest = max(part.shape[-1] for part in ids)
+        all_ids = mx.stack([_widen(part, widest, NO_EXPERT) for part in ids])
+        all_weights = mx.stack([_widen(part, widest, -float("inf")) for part in weights])
+        if widest > 1:
+            order = mx.argsort(-all_weights, axis=-1)
+            all_ids = mx.take_along_axis(all_ids, order, axis=-1)
+            all_weights = mx.take_along_axis(all_weights, order, axis=-1)
+        if any(part.shape[-1] < widest for part in ids):
+            all_weights = mx.where(all_ids == NO_EXPERT, 0.0, all_weights)
+        return all_ids, all_weights
+
+
+def _widen(slots: mx.array, width: int, fill: float) -> mx.array:
+    missing = width - slots.shape[-1]
+    if missing == 0:
+        return slots
+    return mx.pad(slots, [(0, 0), (0, missing)], constant_values=mx.array(fill, slots.dtype))

@@ -1,0 +1,204 @@
+"""From a name to a loaded model: the bundled `demo`, a folder, or an id on the hub."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .errors import MoeLensError, UnsupportedModelError, UsageError
+
+
+def resolve(name: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: ``demo``, an existing folder, or a hub id (downloaded once).
+
+    Raises:
+        UsageError: If there is no such folder and the name is no hub id.
+        MoeLensError: If the hub cannot be reached or does not have it.
+    """
+    from . import demo
+
+    if str(name) == "demo" and not Path("demo", "config.json").is_file():
+        return demo.model_path()
+    path = Path(name).expanduser()
+    if path.is_file():
+        raise UsageError(f"{name} is a file; name the model's folder (the one with config.json)")
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UsageError(f"{name} has no config.json, so it is not a model folder")
+        return path
+    if str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise UsageError(
+            f"there is no model folder {name}: give a folder, a hub id (owner/name), or demo"
+        )
+    return _from_hub(str(name), revision)
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from mlx_lm.utils import _download
+
+    try:
+        return Path(_download(name, revision=revision))
+    except LocalEntryNotFoundError as error:
+        raise MoeLensError(
+            f"{name} is neither a folder here nor in the cache, and the hub cannot be reached: "
+            "check the network, or download it elsewhere and give its folder"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MoeLensError(
+            f"{name} is no folder here, and the hub does not give it ({reason})"
+        ) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a model folder.
+
+    Raises:
+        MoeLensError: If it is missing or not JSON.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MoeLensError(f"{path} has no config.json") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise MoeLensError(f"{path / 'config.json'} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise MoeLensError(f"{path / 'config.json'} names no model_type, so it is no model config")
+    return config
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a truncated or corrupt safetensors file before it is loaded.
+
+    MLX reads lazily, so a short file would fail late, in the middle of a run.
+
+    Raises:
+        MoeLensError: If the header or the size does not fit.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
+        if length > size - 8:
+            raise MoeLensError(_corrupt(path, "its header is cut off"))
+        try:
+            header = json.loads(file.read(length))
+            end = max(
+                (
+                    entry["data_offsets"][1]
+                    for key, entry in header.items()
+                    if key != "__metadata__"
+                ),
+                default=0,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise MoeLensError(_corrupt(path, "its header is not readable")) from error
+    if size < 8 + length + end:
+        raise MoeLensError(_corrupt(path, f"{8 + length + end - size} bytes are missing"))
+
+
+def _corrupt(path: Path, reason: str) -> str:
+    return f"{path} is truncated or corrupt ({reason}): copy or download it again"
+
+
+def check_weights(path: Path) -> None:
+    """Refuse a folder whose weights are missing, incomplete or corrupt."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise MoeLensError(f"{index} is not a readable index: download it again") from error
+        missing = sorted(name for name in shards if not (path / str(name)).is_file())
+        if missing:
+            raise MoeLensError(
+                f"{path} lacks {missing[0]} and {len(missing) - 1} more of the shards its index "
+                "names: download them again"
+                if len(missing) > 1
+                else f"{path} lacks {missing[0]}, which its index names: download it again"
+            )
+    shards_here = sorted(path.glob("model*.safetensors"))
+    if not shards_here:
+        raise MoeLensError(f"{path} has no model*.safetensors, so there are no weights to load")
+    for shard in shards_here:
+        check_safetensors(shard)
+
+
+def load(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    lazy: bool = False,
+) -> tuple[nn.Module, Any, dict[str, Any], Path]:
+    """What stock ``mlx_lm.load`` gives, after checks: (model, tokenizer, config, folder).
+
+    Weights keep the dtype of the checkpoint. With `lazy` they are read when first used.
+
+    Raises:
+        UsageError: For a name that is no model.
+        UnsupportedModelError: For an architecture mlx-lm does not have, or one that needs
+            remote code that was not allowed.
+        MoeLensError: For missing or corrupt files.
+    """
+    import mlx_lm.utils
+
+    path = resolve(name, revision)
+    config = read_config(path)
+    check_weights(path)
+    if config.get("model_file") and not trust_remote_code:
+        raise UnsupportedModelError(
+            f"{name} wants to run its own code ({config['model_file']}): pass --trust-remote-code "
+            "(trust_remote_code=True) if you trust it"
+        )
+    try:
+        model, tokenizer, loaded = mlx_lm.utils.load(
+            str(path),
+            tokenizer_config={"trust_remote_code": True} if trust_remote_code else None,
+            lazy=lazy,
+            return_config=True,
+            trust_remote_code=trust_remote_code,
+        )
+    except ValueError as error:
+        message = str(error).strip().splitlines()[0]
+        if "not supported" in message:
+            raise UnsupportedModelError(
+                f"mlx-lm has no model type {config['model_type']!r}, so {name} cannot be loaded"
+            ) from error
+        raise MoeLensError(f"mlx-lm cannot load {name}: {message}") from error
+    except (RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise MoeLensError(f"mlx-lm cannot load {name}: {reason}") from error
+    return model, tokenizer, loaded, path
+
+
+def compute_in_float32(model: nn.Module) -> str | None:
+    """On the CPU backend, cast a half-precision MoE to float32; returns a note if it did.
+
+    MLX's CPU cannot gather-multiply another dtype, and its quantised products accumulate in the
+    dtype of the activations (relative error 1e-1 in bfloat16 at width 2048), so a quality
+    measured in half precision would be that of the backend.
+    """
+    if mx.default_device() != mx.cpu:
+        return None
+    from mlx.utils import tree_flatten
+
+    half = {
+        value.dtype
+        for _, value in tree_flatten(model.parameters())
+        if value.dtype in (mx.bfloat16, mx.float16)
+    }
+    if not half:
+        return None
+    names = " and ".join(sorted(str(dtype).removeprefix("mlx.core.") for dtype in half))
+    model.set_dtype(mx.float32)
+    return (
+        f"computing in float32: this is MLX's CPU backend, and the checkpoint is {names} "
+        "(it is not changed on disk)"
+    )
