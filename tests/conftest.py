@@ -1,0 +1,35 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from family_cases import Case, all_cases, open_case
+from tiny_models import cpu_stand_ins
+
+
+@pytest.fixture(scope="session", autouse=True)
+def muse_spark_on_cpu() -> Iterator[None]:
+    """muse_spark's kernels are Metal only; elsewhere its tests run on stand-ins."""
+    with cpu_stand_ins.muse_spark_kernels():
+        yield
+
+
+@pytest.fixture
+def half_precision_experts() -> Iterator[None]:
+    """The CPU has no half-precision expert product; the test computes it in float32."""
+    with cpu_stand_ins.half_precision_experts():
+        yield
+
+
+def _marked(name: str, mode: str):
+    marks = [pytest.mark.slow] if mode == "bfloat16" else []
+    return pytest.param((name, mode), id=f"{name}-{mode}", marks=marks)
+
+
+@pytest.fixture(scope="module", params=[_marked(*case) for case in all_cases()])
+def case(request: pytest.FixtureRequest) -> Iterator[Case]:
+    """Every tiny model in float32, in 4 bits, and (slow) in bfloat16."""
+    with open_case(*request.param) as opened:
+        yield opened
