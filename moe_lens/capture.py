@@ -140,9 +140,8 @@ class Capture:
             raise UsageError(f"layer {layer} was not captured; captured are {list(self.layers)}")
         self.check()
         if layer not in self._by_layer:
-            place = self.layers.index(layer)
             arrays = {
-                name: np.concatenate([kept.rows(name, place) for kept in self._forwards])
+                name: np.concatenate([kept.rows(name, layer) for kept in self._forwards])
                 for name in self._given[layer]
             }
             self._by_layer[layer] = LayerCapture(layer, **arrays)
@@ -169,7 +168,10 @@ class Capture:
 
 
 class _Kept:
-    """What a capture keeps of one forward: compact arrays, pads still inside."""
+    """What a capture keeps of one forward: compact arrays, pads and slot order as they came.
+
+    Sorting is left to the reader, so that a forward costs a stack and a cast.
+    """
 
     def __init__(
         self, forward: Forward, given: dict[int, tuple[str, ...]], id_dtype: mx.Dtype
@@ -177,41 +179,36 @@ class _Kept:
         self.valid = forward.valid
         self.prompt = self.position = np.zeros(0, dtype=np.int64)
         self.token_ids = forward.token_ids
-        self._stacked: dict[str, mx.array] = {}
+        self._ids = self._weights = mx.zeros(0)
+        self._place = {layer: place for place, layer in enumerate(forward.layers)}
         self._arrays: dict[tuple[str, int], mx.array] = {}
-        self.uneven = False
         names = {name for each in given.values() for name in each}
-        if names & ROUTING:
-            chosen = mx.array([forward.layers.index(layer) for layer in given])
-            ids, weights = forward.routing()
-            if len(given) < len(forward.layers):
-                ids, weights = ids[chosen], weights[chosen]
-            self.uneven = forward.uneven
+        if names & (ROUTING | {"expert_outputs"}):
+            ids, self._weights = forward.slots()
             # Ids as a view would hold the whole [tokens, experts] buffer of the partition.
-            dtype = mx.uint16 if self.uneven else id_dtype
-            self._stacked = {"expert_ids": ids.astype(dtype), "expert_weights": weights}
-        for place, (layer, wanted) in enumerate(given.items()):
+            self._ids = ids.astype(mx.uint16 if forward.uneven else id_dtype)
+        for layer, wanted in given.items():
             for name in wanted:
-                if name in ROUTING:
-                    continue
-                value = forward.value(name, layer)
-                if name == "expert_outputs":
-                    order = forward.order(layer)
-                    value = mx.take_along_axis(value, order[..., None], axis=1)
-                self._arrays[name, place] = value.astype(mx.float32)
+                if name not in ROUTING:
+                    self._arrays[name, layer] = forward.value(name, layer).astype(mx.float32)
 
     def arrays(self) -> list[mx.array]:
-        return [*self._stacked.values(), *self._arrays.values(), self.token_ids]
+        return [self._ids, self._weights, *self._arrays.values(), self.token_ids]
 
     def tokens(self) -> np.ndarray:
         return np.array(self.token_ids).reshape(-1)[self.valid]
 
-    def rows(self, name: str, place: int) -> np.ndarray:
-        """[valid tokens, ...] of the layer at `place`."""
-        if name not in ROUTING:
-            return np.array(self._arrays[name, place])[self.valid]
-        rows = np.array(self._stacked[name][place])[self.valid]
-        if self.uneven:
-            used = np.array(self._stacked["expert_ids"][place])[0] != NO_EXPERT
-            rows = rows[:, used]
-        return rows
+    def rows(self, name: str, layer: int) -> np.ndarray:
+        """[valid tokens, ...] of one layer, slots by falling weight."""
+        if name not in ROUTING and name != "expert_outputs":
+            return np.array(self._arrays[name, layer])[self.valid]
+        ids = np.array(self._ids[self._place[layer]])[self.valid]
+        weights = np.array(self._weights[self._place[layer]])[self.valid]
+        if ids.dtype == np.uint16 and ids.size:
+            used = ids[0] != NO_EXPERT
+            ids, weights = ids[:, used], weights[:, used]
+        order = np.argsort(-weights, axis=-1, kind="stable")
+        if name == "expert_outputs":
+            outputs = np.array(self._arrays[name, layer])[self.valid]
+            return np.take_along_axis(outputs, order[..., None], axis=1)
+        return np.take_along_axis(ids if name == "expert_ids" else weights, order, axis=-1)

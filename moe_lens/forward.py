@@ -79,30 +79,35 @@ class Forward:
         """Whether layers differ in k in this forward."""
         return len({self.value("expert_ids", layer).shape[-1] for layer in self.layers}) > 1
 
-    def order(self, layer: int) -> mx.array:
-        """[B * L, k] the slots of `layer` by falling weight (ties: the lower slot first)."""
-        return mx.argsort(-self.value("expert_weights", layer).astype(mx.float32), axis=-1)
+    def slots(self) -> tuple[mx.array, mx.array]:
+        """Expert ids and weights [layers, B * L, k] in the blocks' own slot order.
+
+        Where layers differ in k, the slots that one does not fill hold `NO_EXPERT` and 0.
+        """
+        ids = [self.value("expert_ids", layer) for layer in self.layers]
+        weights = [self.value("expert_weights", layer) for layer in self.layers]
+        if self.uneven:
+            widest = max(part.shape[-1] for part in ids)
+            ids = [_widen(part.astype(mx.uint32), widest, NO_EXPERT) for part in ids]
+            weights = [_widen(part, widest, 0) for part in weights]
+        return mx.stack(ids), mx.stack(weights).astype(mx.float32)
 
     def routing(self) -> tuple[mx.array, mx.array]:
         """Expert ids uint32 and weights float32, both [layers, B * L, k], best slot first.
 
-        Where layers differ in k, the slots that one does not fill hold `NO_EXPERT` and 0.
+        Slots are sorted by falling weight; of equal weights the block's lower slot is first, and
+        empty slots (`NO_EXPERT`) are last.
         """
-        ids = [self.value("expert_ids", layer).astype(mx.uint32) for layer in self.layers]
-        weights = [self.value("expert_weights", layer).astype(mx.float32) for layer in self.layers]
-        widest = max(part.shape[-1] for part in ids)
-        all_ids = mx.stack([_widen(part, widest, NO_EXPERT) for part in ids])
-        all_weights = mx.stack([_widen(part, widest, -float("inf")) for part in weights])
-        if widest > 1:
-            order = mx.argsort(-all_weights, axis=-1)
-            all_ids = mx.take_along_axis(all_ids, order, axis=-1)
-            all_weights = mx.take_along_axis(all_weights, order, axis=-1)
-        if any(part.shape[-1] < widest for part in ids):
-            all_weights = mx.where(all_ids == NO_EXPERT, 0.0, all_weights)
-        return all_ids, all_weights
+        ids, weights = self.slots()
+        if ids.shape[-1] > 1:
+            rank = mx.where(ids == NO_EXPERT, mx.array(float("inf")), -weights)
+            order = mx.argsort(rank, axis=-1)
+            ids = mx.take_along_axis(ids, order, axis=-1)
+            weights = mx.take_along_axis(weights, order, axis=-1)
+        return ids.astype(mx.uint32), weights
 
 
-def _widen(slots: mx.array, width: int, fill: float) -> mx.array:
+def _widen(slots: mx.array, width: int, fill: int) -> mx.array:
     missing = width - slots.shape[-1]
     if missing == 0:
         return slots

@@ -6,7 +6,7 @@ Between `attach` and `detach` the classes of a few modules are swapped (see
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -35,7 +35,7 @@ class Instrument:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers: list[MoELayer] = find_moe_layers(model)
-        self.sinks: list[Sink] = []
+        self.sinks: tuple[Sink, ...] = ()
         self.lengths: np.ndarray | None = None
         """[B] the real lengths of the rows of the next forwards, when pads stand on the right."""
         self._attachments = {layer.index: Attachment(layer) for layer in self.layers}
@@ -47,6 +47,7 @@ class Instrument:
         self._base: type | None = None
         self._verified = False
         self._cache: Any = None
+        self._wanted: dict[int, frozenset[str]] = {}
 
     # Attaching ---------------------------------------------------------------------------
 
@@ -144,31 +145,30 @@ class Instrument:
 
     # Forwards ----------------------------------------------------------------------------
 
+    def set_sinks(self, sinks: Iterable[Sink]) -> None:
+        """Hand every forward from now on to `sinks`."""
+        self.sinks = tuple(sinks)
+        names: frozenset[str] = frozenset().union(*(sink.values for sink in self.sinks))
+        self._wanted = {
+            index: frozenset(name for name in names if attachment.layer.reason(name) is None)
+            for index, attachment in self._attachments.items()
+        }
+
     def _run(self, base: type, *args: Any, **kwargs: Any) -> Any:
-        observed = self._observed()
+        if not self.sinks:
+            return base.__call__(self.model, *args, **kwargs)  # type: ignore[operator]
         for index, attachment in self._attachments.items():
             attachment.begin()
-            attachment.wanted = observed.get(index, frozenset())
+            attachment.wanted = self._wanted[index]
         try:
-            valid = self._valid(args, kwargs) if self.sinks else None
+            valid = self._valid(args, kwargs)
             output = base.__call__(self.model, *args, **kwargs)  # type: ignore[operator]
-            if valid is not None:
-                self._deliver(args, kwargs, valid)
+            self._deliver(args, kwargs, valid)
             return output
         finally:
             for attachment in self._attachments.values():
                 attachment.begin()
                 attachment.wanted = frozenset()
-
-    def _observed(self) -> dict[int, frozenset[str]]:
-        """The values that some sink wants, for each layer that can give them."""
-        names = frozenset().union(*(sink.values for sink in self.sinks))
-        wanted: dict[int, frozenset[str]] = {}
-        for index, attachment in self._attachments.items():
-            wanted[index] = frozenset(
-                name for name in names if attachment.layer.reason(name) is None
-            )
-        return wanted
 
     def _valid(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> np.ndarray:
         """[B * L] True where a token of this forward is no pad."""

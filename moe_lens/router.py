@@ -125,7 +125,7 @@ class ExpertRouter:
 
     def close(self) -> None:
         """Put every class of the model back and drop all overrides and captures."""
-        self._instrument.sinks.clear()
+        self._instrument.set_sinks(())
         self._overrides.clear()
         self._users = 0
         self._instrument.detach()
@@ -162,12 +162,13 @@ class ExpertRouter:
     def recording(self, *sinks: Sink) -> Iterator[None]:
         """Hand every forward inside the block to `sinks`."""
         self._attach()
-        self._instrument.sinks.extend(sinks)
+        self._instrument.set_sinks((*self._instrument.sinks, *sinks))
         try:
             yield
         finally:
             ended = {id(sink) for sink in sinks}
-            self._instrument.sinks[:] = [s for s in self._instrument.sinks if id(s) not in ended]
+            left = (sink for sink in self._instrument.sinks if id(sink) not in ended)
+            self._instrument.set_sinks(left)
             self._release()
 
     @contextmanager
