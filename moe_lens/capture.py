@@ -12,7 +12,11 @@ from .errors import CaptureError, UnsupportedModelError, UsageError
 from .families import VALUES, MoELayer
 from .forward import NO_EXPERT, ROUTING, Forward
 
-PUBLIC_VALUES = VALUES[:6]
+_ALL = -1
+"""In place of a layer: an array of all layers."""
+
+_EVALUATE_TOKENS = 256
+"""Tokens whose values may wait, lazy, for the model's own evaluation."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +93,27 @@ class Capture:
             mx.uint8 if max(known[i].router_width for i in chosen) <= 256 else mx.uint16
         )
         self._forwards: list[_Kept] = []
-        self._prompts = 0
-        self._lengths: np.ndarray = np.zeros(0, dtype=np.int64)
+        self._pending = self._evaluated = 0
         self._rows: dict[str, np.ndarray] | None = None
         self._by_layer: dict[int, LayerCapture] = {}
 
     def record(self, forward: Forward) -> None:
         """Keep what this forward showed (called by the instrument)."""
-        kept = _Kept(forward, self._given, self._id_dtype)
-        batch, length = forward.shape
-        valid = forward.valid.reshape(batch, length)
-        if not forward.continues or len(self._lengths) != batch:
-            self._prompts += len(self._lengths)
-            self._lengths = np.zeros(batch, dtype=np.int64)
-        kept.position = (self._lengths[:, None] + np.cumsum(valid, axis=1) - 1)[valid]
-        kept.prompt = (self._prompts + np.repeat(np.arange(batch), length))[forward.valid]
-        self._lengths = self._lengths + valid.sum(axis=1)
-        mx.async_eval(kept.arrays())
-        self._forwards.append(kept)
+        self._forwards.append(_Kept(forward, self._given, self._id_dtype))
+        self._pending += forward.valid.size
+        if self._pending >= _EVALUATE_TOKENS:
+            # Until then, the model's own evaluation fills the arrays; a second one for every
+            # decoded token would cost more than the capture itself.
+            mx.async_eval([kept.arrays() for kept in self._forwards[self._evaluated :]])
+            self._evaluated, self._pending = len(self._forwards), 0
         self._rows = None
         self._by_layer.clear()
+
+    def finish(self) -> None:
+        """Evaluate what still waits, in the thread that ran the model, whose streams it needs."""
+        for kept in self._forwards:
+            kept.finish()
+        self._evaluated, self._pending = len(self._forwards), 0
 
     # Reading -----------------------------------------------------------------------------
 
@@ -139,6 +144,7 @@ class Capture:
         if layer not in self._given:
             raise UsageError(f"layer {layer} was not captured; captured are {list(self.layers)}")
         self.check()
+        self.finish()
         if layer not in self._by_layer:
             arrays = {
                 name: np.concatenate([kept.rows(name, layer) for kept in self._forwards])
@@ -157,14 +163,32 @@ class Capture:
 
     def _token_rows(self) -> dict[str, np.ndarray]:
         self.check()
+        self.finish()
         if self._rows is None:
-            self._rows = {
-                "token_ids": np.concatenate([kept.tokens() for kept in self._forwards]),
-                "prompt": np.concatenate([kept.prompt for kept in self._forwards]),
-                "position": np.concatenate([kept.position for kept in self._forwards]),
-            }
-            self._rows = {name: rows.astype(np.int32) for name, rows in self._rows.items()}
+            prompt, position = _places(self._forwards)
+            tokens = np.concatenate([kept.tokens() for kept in self._forwards])
+            rows = {"token_ids": tokens, "prompt": prompt, "position": position}
+            self._rows = {name: each.astype(np.int32) for name, each in rows.items()}
         return self._rows
+
+
+def _places(forwards: Sequence[_Kept]) -> tuple[np.ndarray, np.ndarray]:
+    """[tokens] the sequence of each token, and its position there.
+
+    A forward that continues the one before it adds to the same sequences.
+    """
+    prompts, positions = [], []
+    first, lengths = 0, np.zeros(0, dtype=np.int64)
+    for kept in forwards:
+        batch, length = kept.token_ids.shape
+        valid = kept.valid.reshape(batch, length)
+        if not kept.continues or len(lengths) != batch:
+            first += len(lengths)
+            lengths = np.zeros(batch, dtype=np.int64)
+        positions.append((lengths[:, None] + np.cumsum(valid, axis=1) - 1)[valid])
+        prompts.append((first + np.repeat(np.arange(batch), length))[kept.valid])
+        lengths = lengths + valid.sum(axis=1)
+    return np.concatenate(prompts), np.concatenate(positions)
 
 
 class _Kept:
@@ -177,23 +201,29 @@ class _Kept:
         self, forward: Forward, given: dict[int, tuple[str, ...]], id_dtype: mx.Dtype
     ) -> None:
         self.valid = forward.valid
-        self.prompt = self.position = np.zeros(0, dtype=np.int64)
+        self.continues = forward.continues
         self.token_ids = forward.token_ids
-        self._ids = self._weights = mx.zeros(0)
         self._place = {layer: place for place, layer in enumerate(forward.layers)}
-        self._arrays: dict[tuple[str, int], mx.array] = {}
+        self._lazy: dict[tuple[str, int], mx.array] = {}
+        self._arrays: dict[tuple[str, int], np.ndarray] = {}
         names = {name for each in given.values() for name in each}
         if names & (ROUTING | {"expert_outputs"}):
-            ids, self._weights = forward.slots()
+            ids, weights = forward.slots()
             # Ids as a view would hold the whole [tokens, experts] buffer of the partition.
-            self._ids = ids.astype(mx.uint16 if forward.uneven else id_dtype)
+            self._lazy["expert_ids", _ALL] = ids.astype(mx.uint16 if forward.uneven else id_dtype)
+            self._lazy["expert_weights", _ALL] = weights
         for layer, wanted in given.items():
             for name in wanted:
                 if name not in ROUTING:
-                    self._arrays[name, layer] = forward.value(name, layer).astype(mx.float32)
+                    self._lazy[name, layer] = forward.value(name, layer).astype(mx.float32)
 
     def arrays(self) -> list[mx.array]:
-        return [self._ids, self._weights, *self._arrays.values(), self.token_ids]
+        return [*self._lazy.values(), self.token_ids]
+
+    def finish(self) -> None:
+        mx.eval(self.arrays())
+        self._arrays |= {key: np.array(value) for key, value in self._lazy.items()}
+        self._lazy.clear()
 
     def tokens(self) -> np.ndarray:
         return np.array(self.token_ids).reshape(-1)[self.valid]
@@ -201,14 +231,15 @@ class _Kept:
     def rows(self, name: str, layer: int) -> np.ndarray:
         """[valid tokens, ...] of one layer, slots by falling weight."""
         if name not in ROUTING and name != "expert_outputs":
-            return np.array(self._arrays[name, layer])[self.valid]
-        ids = np.array(self._ids[self._place[layer]])[self.valid]
-        weights = np.array(self._weights[self._place[layer]])[self.valid]
+            return self._arrays[name, layer][self.valid]
+        place = self._place[layer]
+        ids = self._arrays["expert_ids", _ALL][place][self.valid]
+        weights = self._arrays["expert_weights", _ALL][place][self.valid]
         if ids.dtype == np.uint16 and ids.size:
             used = ids[0] != NO_EXPERT
             ids, weights = ids[:, used], weights[:, used]
         order = np.argsort(-weights, axis=-1, kind="stable")
         if name == "expert_outputs":
-            outputs = np.array(self._arrays[name, layer])[self.valid]
+            outputs = self._arrays[name, layer][self.valid]
             return np.take_along_axis(outputs, order[..., None], axis=1)
         return np.take_along_axis(ids if name == "expert_ids" else weights, order, axis=-1)

@@ -157,6 +157,7 @@ class ExpertRouter:
         with self.recording(seen):
             yield seen
         seen.check()
+        seen.finish()
 
     @contextmanager
     def recording(self, *sinks: Sink) -> Iterator[None]:
