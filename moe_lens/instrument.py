@@ -17,6 +17,7 @@ from .errors import CaptureError, UnsupportedModelError, UsageError
 from .families import Attachment, MoELayer, find_moe_layers
 from .forward import Forward, Sink
 from .override import Override
+from .padding import valid_tokens
 
 _VERIFY = frozenset({"router_logits", "expert_ids", "expert_weights", "expert_inputs"})
 _VERIFY_TOKENS = 24
@@ -161,42 +162,22 @@ class Instrument:
             attachment.begin()
             attachment.wanted = self._wanted[index]
         try:
-            valid = self._valid(args, kwargs)
+            tokens, cache = _token_ids(args, kwargs), _cache(args, kwargs)
+            continues = cache is not None and cache is self._cache
+            batch, length = tokens.shape
+            valid = valid_tokens((batch, length), self.lengths, cache, continues=continues)
             output = base.__call__(self.model, *args, **kwargs)  # type: ignore[operator]
-            self._deliver(args, kwargs, valid)
+            self._cache = cache
+            self._deliver(tokens, valid.reshape(-1), continues)
             return output
         finally:
             for attachment in self._attachments.values():
                 attachment.begin()
                 attachment.wanted = frozenset()
 
-    def _valid(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> np.ndarray:
-        """[B * L] True where a token of this forward is no pad."""
-        batch, length = _token_ids(args, kwargs).shape
-        columns = np.arange(length)
-        valid = np.ones((batch, length), dtype=bool)
-        if self.lengths is not None:
-            return (columns < self.lengths[:, None]).reshape(-1)
-        cache = _batch_cache(_cache(args, kwargs))
-        if cache is not None:
-            positions = np.array(cache.offset)[:, None] + columns
-            valid &= positions >= 0
-            padding = getattr(cache, "_right_padding", None)
-            if padding is not None:
-                if cache._idx > 0 and self._cache is _cache(args, kwargs):
-                    raise CaptureError(
-                        "a batch padded on the right was fed in several pieces, so pads cannot be "
-                        "told from tokens: raise prefill_step_size above the longest prompt"
-                    )
-                valid &= columns < length - np.array(padding)[:, None]
-        return valid.reshape(-1)
-
-    def _deliver(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], valid: np.ndarray) -> None:
-        cache = _cache(args, kwargs)
-        continues = cache is not None and cache is self._cache
-        self._cache = cache
+    def _deliver(self, tokens: mx.array, valid: np.ndarray, continues: bool) -> None:
         forward = Forward(
-            token_ids=_token_ids(args, kwargs),
+            token_ids=tokens,
             valid=valid,
             continues=continues,
             layers=tuple(self._attachments),
@@ -219,15 +200,6 @@ def _token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> mx.array:
 
 def _cache(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return kwargs["cache"] if "cache" in kwargs else (args[1] if len(args) > 1 else None)
-
-
-def _batch_cache(cache: Any) -> Any:
-    """The first per-layer cache of a padded batch, or None: only those have offsets per row."""
-    for each in cache or ():
-        for part in getattr(each, "caches", (each,)):
-            if isinstance(getattr(part, "offset", None), mx.array) and part.offset.ndim == 1:
-                return part
-    return None
 
 
 def _verify_rule(attachment: Attachment) -> None:
