@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from .corpus import Corpus, Prompt, read_corpus
     from .errors import CaptureError, MoeLensError, UnsupportedModelError, UsageError
     from .families import VALUES, all_supported, support
-    from .forward import NO_EXPERT, Forward, Sink
+    from .forward import Forward, Sink
     from .generation import Generation
     from .info import ModelInfo
     from .override import Override
     from .profile import Profile
     from .router import ExpertRouter
+    from .routes import NO_EXPERT
     from .trace import Trace
 
 _HOMES = {
@@ -34,7 +35,7 @@ _HOMES = {
     "VALUES": "families",
     "all_supported": "families",
     "support": "families",
-    "NO_EXPERT": "forward",
+    "NO_EXPERT": "routes",
     "Forward": "forward",
     "Sink": "forward",
     "ModelInfo": "info",

@@ -10,7 +10,9 @@ import numpy as np
 
 from .errors import CaptureError, UnsupportedModelError, UsageError
 from .families import VALUES, MoELayer
-from .forward import NO_EXPERT, ROUTING, Forward
+from .forward import ROUTING, Forward
+from .places import Places
+from .routes import NO_EXPERT
 
 _ALL = -1
 """In place of a layer: an array of all layers."""
@@ -165,30 +167,17 @@ class Capture:
         self.check()
         self.finish()
         if self._rows is None:
-            prompt, position = _places(self._forwards)
-            tokens = np.concatenate([kept.tokens() for kept in self._forwards])
-            rows = {"token_ids": tokens, "prompt": prompt, "position": position}
-            self._rows = {name: each.astype(np.int32) for name, each in rows.items()}
+            places = Places()
+            placed = [
+                places.of(kept.shape, kept.valid, continues=kept.continues)
+                for kept in self._forwards
+            ]
+            self._rows = {
+                "token_ids": np.concatenate([kept.tokens() for kept in self._forwards]),
+                "prompt": np.concatenate([prompt for prompt, _ in placed]),
+                "position": np.concatenate([position for _, position in placed]),
+            }
         return self._rows
-
-
-def _places(forwards: Sequence[_Kept]) -> tuple[np.ndarray, np.ndarray]:
-    """[tokens] the sequence of each token, and its position there.
-
-    A forward that continues the one before it adds to the same sequences.
-    """
-    prompts, positions = [], []
-    first, lengths = 0, np.zeros(0, dtype=np.int64)
-    for kept in forwards:
-        batch, length = kept.token_ids.shape
-        valid = kept.valid.reshape(batch, length)
-        if not kept.continues or len(lengths) != batch:
-            first += len(lengths)
-            lengths = np.zeros(batch, dtype=np.int64)
-        positions.append((lengths[:, None] + np.cumsum(valid, axis=1) - 1)[valid])
-        prompts.append((first + np.repeat(np.arange(batch), length))[kept.valid])
-        lengths = lengths + valid.sum(axis=1)
-    return np.concatenate(prompts), np.concatenate(positions)
 
 
 class _Kept:
@@ -201,6 +190,7 @@ class _Kept:
         self, forward: Forward, given: dict[int, tuple[str, ...]], id_dtype: mx.Dtype
     ) -> None:
         self.valid = forward.valid
+        self.shape = forward.shape
         self.continues = forward.continues
         self.token_ids = forward.token_ids
         self._place = {layer: place for place, layer in enumerate(forward.layers)}
@@ -226,7 +216,7 @@ class _Kept:
         self._lazy.clear()
 
     def tokens(self) -> np.ndarray:
-        return np.array(self.token_ids).reshape(-1)[self.valid]
+        return np.array(self.token_ids).reshape(-1)[self.valid].astype(np.int32)
 
     def rows(self, name: str, layer: int) -> np.ndarray:
         """[valid tokens, ...] of one layer, slots by falling weight."""

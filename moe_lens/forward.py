@@ -11,9 +11,7 @@ import numpy as np
 
 from .errors import CaptureError
 from .families import MoELayer
-
-NO_EXPERT = 65535
-"""The id in a slot that a layer with a smaller k leaves empty; its weight is 0."""
+from .routes import NO_EXPERT
 
 ROUTING = frozenset({"expert_ids", "expert_weights"})
 

@@ -42,7 +42,7 @@ BLOCKS = (
         per_expert_scale="router.per_expert_scale",
         shared="mlp",
         routed="experts",
-        also=("gemma4",),
+        also=("gemma4", "gemma4_unified"),
         k_key="top_k_experts",
         note="the dense MLP that runs beside the experts stands for the shared expert",
     ),

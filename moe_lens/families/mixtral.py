@@ -36,6 +36,7 @@ BLOCKS = (
         _low,
         logits="gate",
         k="num_experts_per_tok",
+        also=("phi-msft",),
         experts_key="num_local_experts",
     ),
     Block(
