@@ -1,0 +1,1 @@
+"""Pictures of results: for the terminal (rich) and for files (matplotlib)."""
