@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+
 from family_cases import Case, all_cases, open_case
 from tiny_models import cpu_stand_ins
 

@@ -87,7 +87,7 @@ def _randomise(model: nn.Module, seed: int) -> None:
     for name, value in tree_flatten(model.parameters()):
         parent = name.split(".")[-2:-1]
         if mx.issubdtype(value.dtype, mx.floating) and value.size > 1 and not mx.any(value).item():
-            spread = 0.3 if value.ndim == 1 else 0.25
+            spread = 0.1 if value.ndim == 1 else 0.25
             changed.append((name, (mx.random.normal(value.shape) * spread).astype(value.dtype)))
         elif name.endswith("per_expert_scale"):
             changed.append((name, mx.random.uniform(0.5, 1.5, value.shape)))

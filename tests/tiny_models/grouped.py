@@ -113,6 +113,9 @@ GROUPED: dict[str, Config] = {
         without(DEEPSEEK_V3, "scoring_func", "norm_topk_prob"),
         model_type="deepseek_v2",
         topk_method="group_limited_greedy",
+        # Groups are scored by their best expert: keeping k groups would drop nothing that counts.
+        n_group=2,
+        topk_group=1,
         routed_scaling_factor=2.0,
         rope_scaling=dict(
             type="yarn",
