@@ -1,0 +1,143 @@
+"""New tensors from old ones: rows kept, dropped, or averaged, quantised ones in their own format.
+
+Everything here is lazy: the arrays returned are recipes that MLX follows when the writer asks for
+their bytes, one tensor at a time.
+
+A tensor that holds one row for each expert becomes the rows of the new experts. Where nothing is
+merged, rows are copied and the bytes stay what they were, packed weights included. A merged row
+is the weighted mean in float32; of a quantised tensor it is dequantised, averaged and quantised
+again in the same mode, bits and group size. All that is done for one group at a time, so memory
+does not grow with the number of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from .plan import ExpertGroup
+
+Leaves = dict[str, mx.array]
+"""The tensors of one Linear by their last name: weight, scales, biases, bias, global_scale."""
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How the packed weight of one Linear is stored, as MLX names it."""
+
+    group_size: int
+    bits: int
+    mode: str
+
+    @classmethod
+    def of(cls, module: Any) -> Quantisation | None:
+        """That of a module; None where its weight is not packed."""
+        if "scales" not in module:
+            return None
+        return cls(module.group_size, module.bits, getattr(module, "mode", "affine"))
+
+
+def merge_rows(
+    leaves: Leaves, groups: Sequence[ExpertGroup], quantisation: Quantisation | None
+) -> Leaves:
+    """The tensors of one Linear with one row for each group, lazily.
+
+    Args:
+        leaves: Tensors whose axis 0 is the expert axis (or the width of a router).
+        groups: What each new row is made of.
+        quantisation: How `weight` is packed, or None.
+    """
+    if not any(group.merged for group in groups):
+        kept = mx.array([group.experts[0] for group in groups])
+        return {name: value[kept] for name, value in leaves.items()}
+    pieces: dict[str, list[mx.array]] = {name: [] for name in leaves}
+    for run in _runs(groups):
+        if run[0].merged:
+            members = [
+                {name: value[expert : expert + 1] for name, value in leaves.items()}
+                for expert in run[0].experts
+            ]
+            made = merge_members(members, run[0].weights, quantisation)
+        else:
+            kept = mx.array([group.experts[0] for group in run])
+            made = {name: value[kept] for name, value in leaves.items()}
+        for name, value in made.items():
+            pieces[name].append(value)
+    return {name: mx.concatenate(parts, axis=0) for name, parts in pieces.items()}
+
+
+def _runs(groups: Sequence[ExpertGroup]) -> list[list[ExpertGroup]]:
+    """Neighbouring kept experts together, merged ones alone."""
+    runs: list[list[ExpertGroup]] = []
+    for group in groups:
+        if runs and not group.merged and not runs[-1][0].merged:
+            runs[-1].append(group)
+        else:
+            runs.append([group])
+    return runs
+
+
+def merge_members(
+    members: Sequence[Leaves], weights: Sequence[float], quantisation: Quantisation | None
+) -> Leaves:
+    """The weighted mean of the same Linear of several experts, in its own storage format."""
+    merged: Leaves = {}
+    if quantisation is not None:
+        rows = [_unpack(member, quantisation) for member in members]
+        merged |= _pack(mean(rows, weights), members[0], quantisation)
+    for name in members[0]:
+        if name not in merged:
+            merged[name] = _mean_as(
+                [member[name] for member in members], weights, members[0][name].dtype
+            )
+    return merged
+
+
+def mean(arrays: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
+    """Weighted sum in float32."""
+    total = arrays[0].astype(mx.float32) * weights[0]
+    for array, weight in zip(arrays[1:], weights[1:], strict=True):
+        total = total + array.astype(mx.float32) * weight
+    return total
+
+
+def _mean_as(arrays: Sequence[mx.array], weights: Sequence[float], dtype: mx.Dtype) -> mx.array:
+    return mean(arrays, weights).astype(dtype)
+
+
+def _unpack(leaves: Mapping[str, mx.array], quantisation: Quantisation) -> mx.array:
+    scale = leaves.get("global_scale")
+    return mx.dequantize(
+        leaves["weight"],
+        leaves["scales"],
+        leaves.get("biases"),
+        quantisation.group_size,
+        quantisation.bits,
+        quantisation.mode,
+        global_scale=None if scale is None else scale.reshape(()),
+        dtype=mx.float32,
+    )
+
+
+def _pack(rows: mx.array, like: Leaves, quantisation: Quantisation) -> Leaves:
+    """Quantise `rows`; names, dtypes and shapes are those of `like`."""
+    packed: Leaves = {}
+    scale = None
+    if "global_scale" in like:
+        scale = mx.abs(rows).max().astype(mx.float32)
+        packed["global_scale"] = scale.reshape(like["global_scale"].shape)
+    if quantisation.mode == "affine":
+        # MLX gives scales and biases the dtype of what it quantises.
+        rows = rows.astype(like["scales"].dtype)
+    parts = mx.quantize(
+        rows,
+        quantisation.group_size,
+        quantisation.bits,
+        mode=quantisation.mode,
+        global_scale=scale,
+    )
+    packed |= dict(zip(("weight", "scales", "biases"), parts, strict=False))
+    return packed
