@@ -1,0 +1,63 @@
+"""The commands of ``moe-lens``, in the order in which the help lists them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from moe_lens import __version__
+
+from .compress import compress
+from .doctor import doctor
+from .families import families
+from .generate import generate
+from .heatmap import heatmap
+from .info import info
+from .trace import trace
+
+# Plain help, not rich's panels: they take 0.2 s to import (Pygments, Markdown) and wrap badly in
+# 80 columns.
+app = typer.Typer(
+    name="moe-lens",
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        # typer imports Pydantic (0.08 s) to coerce a --help that was not given.
+        "default_map": {"help": False},
+    },
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moe-lens {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def moe_lens(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """See, change and compress the expert routing of mixture-of-experts models on MLX.
+
+    MODEL is a folder that mlx_lm.load opens, a model of the Hugging Face hub (owner/name), or
+    demo: a small trained model that comes with moe-lens.
+
+    \b
+    moe-lens info demo
+    moe-lens heatmap demo --prompt "def fib(n):"
+    moe-lens compress demo --threshold 0.8 --output demo-small
+
+    Exit codes: 0 done, 1 failed, 2 asked for something that cannot be. MOE_LENS_DEBUG=1, or
+    --debug anywhere on the line, shows the traceback of an error.
+    """
+
+
+for command in (info, families, generate, trace, heatmap, compress, doctor):
+    app.command(no_args_is_help=command not in (families, doctor))(command)

@@ -1,0 +1,86 @@
+"""Arguments and options that several commands share, with one wording each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="demo, a folder that mlx_lm.load opens, or a model of the hub (owner/name).",
+    ),
+]
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
+
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let the model run the Python code it comes with."),
+]
+
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(metavar="K", help="Route every token to K experts instead of the model's own."),
+]
+
+MaskExperts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LAYER:EXPERTS",
+        help="Experts that may not be chosen: 3:7,12 in layer 3, *:7 in all layers. Repeatable.",
+    ),
+]
+
+ForceExperts = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="LAYER:EXPERTS",
+        help="Experts that every token uses, written like --mask-experts. Repeatable.",
+    ),
+]
+
+Prompt = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads it from stdin."),
+]
+
+TEXT_FORMS = (
+    "a text file (one prompt per line), JSONL (text, prompt or messages; optional label), "
+    "a folder of text files, demo, or demo:evaluation"
+)
+"""What --data takes."""
+
+Data = Annotated[
+    str | None, typer.Option("--data", metavar="TEXT", help=f"Prompts to run: {TEXT_FORMS}.")
+]
+
+RequiredData = Annotated[
+    str,
+    typer.Option(
+        "--data", metavar="TEXT", show_default=False, help=f"Prompts to run: {TEXT_FORMS}."
+    ),
+]
+
+SampleSize = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Run N prompts only, drawn with --seed.")
+]
+
+SequenceLength = Annotated[
+    int | None,
+    typer.Option(metavar="TOKENS", min=1, help="Cut longer prompts after this many tokens."),
+]
+
+ChatTemplate = Annotated[
+    bool, typer.Option("--chat-template", help="Put each prompt into the model's chat template.")
+]
+
+Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything drawn at random.")]
+
+OutputFolder = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", show_default=False, help="Folder to write.")
+]
