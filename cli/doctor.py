@@ -12,9 +12,9 @@ from .progress import working
 from .quantities import size
 
 if TYPE_CHECKING:
-    from moe_lens.doctor import Diagnosis
-    from moe_lens.hub import Hub
-    from moe_lens.machine import Device, Memory, Products
+    from moe_lens.machine.doctor import Diagnosis
+    from moe_lens.machine.facts import Device, Memory, Products
+    from moe_lens.machine.hub import Hub
 
 
 def doctor(json: Json = False) -> None:
@@ -26,7 +26,7 @@ def doctor(json: Json = False) -> None:
     Exits with 1 if something keeps moe-lens from working.
     """
     with working("looking at this machine"):
-        from moe_lens.doctor import examine
+        from moe_lens.machine.doctor import examine
 
         found = examine()
     if json:

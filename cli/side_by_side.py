@@ -78,7 +78,7 @@ class Pair:
         return {"id": token, "text": self.tokenizer.decode([token])}
 
     def _name(self, made: Generation) -> str:
-        from moe_lens.tokens import TokenTexts
+        from moe_lens.trace import TokenTexts
 
         found = self._token(made)
         if found is None:

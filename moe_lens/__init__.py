@@ -8,23 +8,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .async_router import AsyncExpertRouter
-    from .capture import Capture, LayerCapture
     from .corpus import Corpus, Prompt, read_corpus
     from .errors import CaptureError, MoeLensError, UnsupportedModelError, UsageError
     from .families import VALUES, all_supported, support
-    from .forward import Forward, Sink
     from .generation import Generation
     from .info import ModelInfo
+    from .instrument import Capture, Forward, LayerCapture, Sink
     from .override import Override
     from .profile import Profile
     from .router import ExpertRouter
-    from .routes import NO_EXPERT
-    from .trace import Trace
+    from .trace import NO_EXPERT, Trace
 
 _HOMES = {
     "AsyncExpertRouter": "async_router",
-    "Capture": "capture",
-    "LayerCapture": "capture",
+    "Capture": "instrument",
+    "LayerCapture": "instrument",
     "Corpus": "corpus",
     "Prompt": "corpus",
     "read_corpus": "corpus",
@@ -35,9 +33,9 @@ _HOMES = {
     "VALUES": "families",
     "all_supported": "families",
     "support": "families",
-    "NO_EXPERT": "routes",
-    "Forward": "forward",
-    "Sink": "forward",
+    "NO_EXPERT": "trace",
+    "Forward": "instrument",
+    "Sink": "instrument",
     "ModelInfo": "info",
     "Override": "override",
     "Profile": "profile",

@@ -10,14 +10,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from .capture import Capture
 from .generation import Generation
 from .info import ModelInfo
-from .router import ExpertRouter
+from .instrument import Capture
+from .routed_model import RoutedModel
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -36,19 +35,17 @@ class AsyncExpertRouter:
         ```
     """
 
-    def __init__(self, router: ExpertRouter, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, router: RoutedModel, executor: ThreadPoolExecutor) -> None:
         self.router = router
         self._executor = executor
 
     @classmethod
-    async def from_pretrained(cls, name: str | Path, **options: Any) -> AsyncExpertRouter:
-        """Load in the thread that later runs the model."""
+    async def start(cls, load: Callable[[], RoutedModel]) -> AsyncExpertRouter:
+        """Call `load` in the thread that later runs the model."""
         executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="moe-lens")
         loop = asyncio.get_running_loop()
         try:
-            router = await loop.run_in_executor(
-                executor, lambda: ExpertRouter.from_pretrained(name, **options)
-            )
+            router = await loop.run_in_executor(executor, load)
         except BaseException:
             executor.shutdown(wait=False)
             raise

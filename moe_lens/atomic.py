@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from moe_lens.errors import MoeLensError
+from .errors import MoeLensError
 
 __all__ = ["PART_SUFFIX", "replacing", "write_bytes"]
 

@@ -15,7 +15,7 @@ import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
 from moe_lens.families import MoELayer
-from moe_lens.forward import Forward
+from moe_lens.instrument import Forward
 from moe_lens.router import ExpertRouter
 from tiny_models import CONFIGS, build, cpu_stand_ins
 
@@ -107,7 +107,9 @@ def open_case(name: str, mode: str) -> Iterator[Case]:
     with contextlib.ExitStack() as stack:
         if mode != "float32":
             stack.enter_context(cpu_stand_ins.half_precision_experts())
-            stack.enter_context(mock.patch("moe_lens.router.compute_in_float32", return_value=None))
+            stack.enter_context(
+                mock.patch("moe_lens.routed_model.compute_in_float32", return_value=None)
+            )
         case = Case(name, mode, ExpertRouter(model, None, config, name=name))
         assert bool(mx.isfinite(case.plain).all())
         yield case

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moe_lens.routes import NO_EXPERT, Routes
-from moe_lens.tokens import TokenTexts
+from moe_lens.trace import NO_EXPERT, Routes, TokenTexts
 
 WORDS = (
     b" the",

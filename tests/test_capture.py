@@ -12,7 +12,7 @@ from mlx_lm import batch_generate
 from mlx_lm.models.cache import BatchKVCache
 
 from moe_lens import CaptureError, ExpertRouter, UnsupportedModelError, UsageError
-from moe_lens.padding import valid_tokens
+from moe_lens.instrument.padding import valid_tokens
 from tiny_models import build, save_checkpoint
 
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from moe_lens.corpus import Corpus, Prompt, read_corpus
 from moe_lens.errors import MoeLensError, UsageError
-from moe_lens.tokens import TokenTexts, visible
+from moe_lens.trace import TokenTexts
+from moe_lens.trace.tokens import visible
 
 
 def write(path: Path, content: str | bytes) -> Path:

@@ -15,10 +15,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from moe_lens import __version__, doctor, machine
-from moe_lens.doctor import advice
-from moe_lens.hub import Hub, cached_models, hub
-from moe_lens.machine import Device, Products
+from moe_lens import __version__
+from moe_lens.machine import doctor, facts
+from moe_lens.machine.doctor import advice
+from moe_lens.machine.facts import Device, Products
+from moe_lens.machine.hub import Hub, cached_models, hub
 
 CPU = Device(default="cpu", name="a processor", metal=False, cuda=False)
 GPU = Device(default="gpu", name="a chip", metal=True, cuda=False)
@@ -31,32 +32,32 @@ def speed(mlx: float, numpy: float, *, blas: str | None = None) -> Products:
 
 
 def test_versions() -> None:
-    found = machine.versions()
+    found = facts.versions()
     assert found["moe-lens"] == __version__
     assert found["python"] == platform.python_version()
     assert found["mlx"] == version("mlx")
 
 
 def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "PACKAGES", ("no-such-package",))
-    assert machine.versions()["no-such-package"] is None
+    monkeypatch.setattr(facts, "PACKAGES", ("no-such-package",))
+    assert facts.versions()["no-such-package"] is None
 
 
 def test_device() -> None:
-    found = machine.device()
+    found = facts.device()
     assert found.default == ("gpu" if mx.default_device() == mx.gpu else "cpu")
     assert found.metal == mx.metal.is_available()
 
 
 def test_memory() -> None:
-    found = machine.memory()
+    found = facts.memory()
     assert found.total is not None
     assert found.total > 2**28
     assert found.available is None or 0 < found.available <= found.total
 
 
 def test_products_are_measured_and_right() -> None:
-    found = machine.products()
+    found = facts.products()
     assert found.mlx > 0
     assert found.numpy > 0
     assert found.error < 1e-4
@@ -67,11 +68,11 @@ def test_a_preloaded_blas_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     library.touch()
     carried = Path(REFERENCE)
     maps = "".join(f"7f00-7f01 r-xp 0 08:01 1 {path}\n" for path in (library, carried))
-    monkeypatch.setattr(machine, "_read", lambda _: maps)
+    monkeypatch.setattr(facts, "_read", lambda _: maps)
     monkeypatch.delenv("LD_PRELOAD", raising=False)
-    assert machine._blas() == str(carried)
+    assert facts._blas() == str(carried)
     monkeypatch.setenv("LD_PRELOAD", f"libother.so:{library}")
-    assert machine._blas() == str(library)
+    assert facts._blas() == str(library)
 
 
 def test_advice_where_the_blas_is_slow() -> None:

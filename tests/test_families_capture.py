@@ -10,8 +10,8 @@ import pytest
 from mlx_lm.generate import generate_step
 
 from family_cases import CONTINUATION, PROMPT, Case, Raw, same
-from moe_lens.capture import LayerCapture
 from moe_lens.families import MoELayer
+from moe_lens.instrument import LayerCapture
 
 TRIPLE = ("expert_ids", "expert_weights", "expert_outputs")
 

@@ -13,7 +13,7 @@ from mlx_lm.generate import generate_step
 
 from family_cases import PROMPT, Case, Raw, same
 from moe_lens import Override
-from moe_lens.capture import Capture
+from moe_lens.instrument import Capture
 
 
 def captured(case: Case, *values: str, **override: Any) -> tuple[mx.array, Capture]:

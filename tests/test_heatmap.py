@@ -35,7 +35,7 @@ from moe_lens.figures.fonts import drawable
 from moe_lens.figures.heatmap import draw_heatmap, save_heatmap
 from moe_lens.figures.terminal import Cells, TerminalHeatmap
 from moe_lens.profile import Profile
-from moe_lens.routes import NO_EXPERT, Routes
+from moe_lens.trace import NO_EXPERT, Routes
 from route_cases import random_routes
 
 PROMPT = random_routes(lengths=(11,), width=16)

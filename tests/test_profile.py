@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from moe_lens.errors import MoeLensError, UsageError
-from moe_lens.profile import BLOCKS, OutputSums, Profile
-from moe_lens.routes import NO_EXPERT, Routes
+from moe_lens.profile import OutputSums, Profile
+from moe_lens.profile.profile import BLOCKS
+from moe_lens.trace import NO_EXPERT, Routes
 from route_cases import random_routes
 
 

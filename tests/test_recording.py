@@ -14,16 +14,15 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from moe_lens.batches import pad, plan_batches, plan_shards
 from moe_lens.corpus import Corpus, Prompt
+from moe_lens.corpus.batches import pad, plan_batches, plan_shards
 from moe_lens.errors import CaptureError, UsageError
 from moe_lens.fingerprint import weights_sha256
 from moe_lens.profile import Profile
-from moe_lens.recorders import ProfileRecorder
 from moe_lens.recording import record_profile, record_prompt, record_trace
+from moe_lens.recording.recorders import ProfileRecorder
 from moe_lens.router import ExpertRouter
-from moe_lens.routes import NO_EXPERT, Routes
-from moe_lens.trace import Trace
+from moe_lens.trace import NO_EXPERT, Routes, Trace
 from tiny_models import build, save_checkpoint
 
 LENGTHS = (3, 0, 9, 1, 12, 6, 6, 2, 15, 4)

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 from moe_lens.errors import CaptureError, MoeLensError, UsageError
 from moe_lens.profile import Profile
-from moe_lens.routes import NO_EXPERT, Routes
-from moe_lens.trace import FORMAT, VERSION, Trace, is_trace
-from moe_lens.trace_writer import TraceWriter
+from moe_lens.recording.writer import TraceWriter
+from moe_lens.trace import NO_EXPERT, Routes, Trace, is_trace
+from moe_lens.trace.folder import FORMAT, VERSION
 from route_cases import TEXTS, random_routes
 
 LENGTHS = (5, 0, 7, 1, 4, 0)

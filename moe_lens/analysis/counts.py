@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens import tally
 from moe_lens.errors import UsageError
-from moe_lens.profile import Profile
-from moe_lens.routes import Routes
-from moe_lens.trace import Trace
+from moe_lens.profile import Profile, tally
+from moe_lens.trace import Routes, Trace
 
 __all__ = ["routed_counts"]
 

@@ -13,12 +13,12 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.analysis.counts import routed_counts
-from moe_lens.analysis.result import Result, html_table
 from moe_lens.errors import CaptureError, UsageError
 from moe_lens.profile import Profile
-from moe_lens.routes import NO_EXPERT, Routes
-from moe_lens.trace import Trace
+from moe_lens.trace import NO_EXPERT, Routes, Trace
+
+from .counts import routed_counts
+from .result import Result, html_table
 
 __all__ = [
     "FirstChoice",

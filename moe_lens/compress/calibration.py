@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.batches import pad, plan_batches
 from moe_lens.corpus import Corpus
+from moe_lens.corpus.batches import pad, plan_batches
 from moe_lens.errors import CaptureError, MoeLensError, UnsupportedModelError, UsageError
 from moe_lens.families import MoELayer
 

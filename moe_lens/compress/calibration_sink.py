@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.families import MoELayer
-from moe_lens.forward import Forward
+from moe_lens.instrument import Forward
 
 from .similarity import compare_outputs, evaluate_all
 from .statistics import NOT_AN_EXPERT, LayerStatistics

@@ -17,9 +17,10 @@ from .assemble import assemble
 from .config import smaller_config
 from .identity import fingerprint_folder
 from .parameters import check_fits, smaller_parameters
-from .parent import Parent, Size, open_parent, release
+from .parent import Parent, open_parent, release
 from .plan import Plan
 from .plan_json import read_plan, validate
+from .size import Size
 from .staging import Say, check_output, check_space, staged
 from .tensor_file import SHARD_BYTES, write_shards
 

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.batches import pad, plan_batches
+from moe_lens.corpus.batches import pad, plan_batches
 
 Forward = Callable[[Any, Sequence[int]], mx.array]
 """(token ids [B, L], lengths [B]) -> logits [B, L, vocab]."""

@@ -13,31 +13,14 @@ does not grow with the number of experts.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
 from .plan import ExpertGroup
+from .quantisation import Quantisation
 
 Leaves = dict[str, mx.array]
 """The tensors of one Linear by their last name: weight, scales, biases, bias, global_scale."""
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How the packed weight of one Linear is stored, as MLX names it."""
-
-    group_size: int
-    bits: int
-    mode: str
-
-    @classmethod
-    def of(cls, module: Any) -> Quantisation | None:
-        """That of a module; None where its weight is not packed."""
-        if "scales" not in module:
-            return None
-        return cls(module.group_size, module.bits, getattr(module, "mode", "affine"))
 
 
 def merge_rows(

@@ -9,12 +9,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.utils import get_total_parameters
 
 from moe_lens.families import MoELayer, find_moe_layers
 from moe_lens.loading import load
 
-from .merge import Quantisation
+from .quantisation import Quantisation
+from .size import Size
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,6 @@ class LayerTensors:
             routers=tuple(layer.router_parameters()),
             listed=f"{layer.path}.{layer.family.experts}" if layer.list_experts else None,
         )
-
-
-@dataclass(frozen=True)
-class Size:
-    """How large a model is."""
-
-    bytes: int
-    """Of all tensors, as stored."""
-    parameters: int
-    """Weights, packed ones counted one by one."""
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Size:
-        """Without reading a single weight."""
-        arrays = tree_flatten(model.parameters())
-        stored = sum(value.nbytes for _, value in arrays)
-        return cls(stored, int(get_total_parameters(model)))
 
 
 @dataclass(frozen=True)

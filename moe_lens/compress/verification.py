@@ -8,7 +8,7 @@ from typing import Any
 from .bootstrap import Measure
 from .identity import CorpusIdentity
 from .json_text import dump
-from .parent import Size
+from .size import Size
 
 MAX_RISE = 0.10
 """Rise of the perplexity from which the loss is called large."""

@@ -15,7 +15,7 @@ from moe_lens.errors import CaptureError, UsageError
 from .bootstrap import Bootstrap
 from .identity import CorpusIdentity, public_name
 from .losses import Comparison, compare
-from .parent import Size
+from .size import Size
 from .verification import LabelLoss, Loss, Speed, Verification
 
 if TYPE_CHECKING:

@@ -27,9 +27,10 @@ from matplotlib.ticker import FixedLocator
 from moe_lens.analysis.heatmap import FirstChoice, Heatmap, LayerExpert, TokenExpert
 from moe_lens.atomic import replacing
 from moe_lens.errors import UsageError
-from moe_lens.figures.colors import hex_color, readable_on, tag_color
-from moe_lens.figures.fonts import drawable, token_families
-from moe_lens.figures.styles import TEXT_SIZE, TICK_SIZE, Style, style_named
+
+from .colors import hex_color, readable_on, tag_color
+from .fonts import drawable, token_families
+from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named
 
 __all__ = ["FORMATS", "draw_heatmap", "save_heatmap"]
 

@@ -26,7 +26,8 @@ from rich.text import Text
 
 from moe_lens.analysis.heatmap import FirstChoice, Heatmap, LayerExpert, TokenExpert
 from moe_lens.errors import UsageError
-from moe_lens.figures.colors import RGB, hex_color, readable_on, scale_color, tag_color
+
+from .colors import RGB, hex_color, readable_on, scale_color, tag_color
 
 __all__ = ["Cells", "TerminalHeatmap"]
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from moe_lens import doctor
-from moe_lens.doctor import Advice, Diagnosis
-from moe_lens.hub import CachedModel, Hub
+from moe_lens.machine import doctor
+from moe_lens.machine.doctor import Advice, Diagnosis
+from moe_lens.machine.hub import CachedModel, Hub
 
 pytestmark = pytest.mark.usefixtures("machine")
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from moe_lens.errors import MoeLensError, UsageError
 
-__all__ = ["Corpus", "Prompt", "read_corpus"]
+__all__ = ["Corpus", "Prompt"]
 
 
 @dataclass(frozen=True)
@@ -131,23 +131,6 @@ class Corpus:
             ids = _encode(prompt, number, tokenizer, chat_template)
             tokens.append(ids[:sequence_length])
         return tokens
-
-
-def read_corpus(source: Any) -> Corpus:
-    """Read a corpus from a path or from the bundled text; a `Corpus` is returned as it is.
-
-    Args:
-        source: Path of a text file, JSONL file or folder; ``"demo"`` or ``"demo:evaluation"``
-            (write ``./demo`` for a folder of that name); or a `Corpus`.
-
-    Raises:
-        UsageError: There is no such file.
-        MoeLensError: The file cannot be read as prompts. The message names the file, the line and
-            the remedy.
-    """
-    from moe_lens.corpus_files import read_source
-
-    return source if isinstance(source, Corpus) else read_source(source)
 
 
 def _draw(seed: int, index: int) -> bytes:

@@ -9,9 +9,9 @@ from typing import Protocol
 import mlx.core as mx
 import numpy as np
 
-from .errors import CaptureError
-from .families import MoELayer
-from .routes import NO_EXPERT
+from moe_lens.errors import CaptureError
+from moe_lens.families import MoELayer
+from moe_lens.trace import NO_EXPERT
 
 ROUTING = frozenset({"expert_ids", "expert_weights"})
 

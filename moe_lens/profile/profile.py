@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from moe_lens import tally
 from moe_lens.errors import CaptureError, UsageError
-from moe_lens.routes import Routes
+from moe_lens.profile import tally
+from moe_lens.trace import Routes
 
 if TYPE_CHECKING:
     from moe_lens.trace import Trace
@@ -203,7 +203,7 @@ class Profile:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, whole or not at all. Nothing in it can run code."""
-        from moe_lens.profile_file import save_profile
+        from .file import save_profile
 
         save_profile(self, Path(path).expanduser())
 
@@ -215,7 +215,7 @@ class Profile:
             UsageError: There is no such file.
             MoeLensError: The file is damaged, or no profile.
         """
-        from moe_lens.profile_file import load_profile
+        from .file import load_profile
 
         return load_profile(Path(path).expanduser())
 

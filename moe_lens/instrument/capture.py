@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from .errors import CaptureError, UnsupportedModelError, UsageError
-from .families import VALUES, MoELayer
+from moe_lens.errors import CaptureError, UnsupportedModelError, UsageError
+from moe_lens.families import VALUES, MoELayer
+from moe_lens.trace import NO_EXPERT
+
 from .forward import ROUTING, Forward
 from .places import Places
-from .routes import NO_EXPERT
 
 _ALL = -1
 """In place of a layer: an array of all layers."""

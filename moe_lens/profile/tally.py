@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from moe_lens.routes import Routes
+from moe_lens.trace import Routes
 
 __all__ = [
     "coactivation",

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.errors import CaptureError
-from moe_lens.forward import ROUTING, Forward
-from moe_lens.places import Places
+from moe_lens.instrument import Forward
+from moe_lens.instrument.forward import ROUTING
+from moe_lens.instrument.places import Places
 from moe_lens.profile import OutputSums, Profile
-from moe_lens.routes import Routes
-from moe_lens.tokens import TokenTexts
+from moe_lens.trace import Routes, TokenTexts
 
 __all__ = ["ProfileRecorder", "RouteRecorder"]
 

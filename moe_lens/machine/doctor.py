@@ -17,8 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .facts import Device, Memory, Products, device, memory, products, versions
 from .hub import CachedModel, Hub, cached_models, hub
-from .machine import Device, Memory, Products, device, memory, products, versions
 
 __all__ = ["Advice", "Diagnosis", "advice", "examine"]
 
@@ -71,7 +71,7 @@ def examine(*, hub_timeout: float = 3.0) -> Diagnosis:
         )
     from huggingface_hub import constants
 
-    from .demo import model_path
+    from moe_lens.demo import model_path
 
     return Diagnosis(
         versions=versions(),

@@ -11,12 +11,13 @@ import mlx.core as mx
 import numpy as np
 
 from moe_lens.fingerprint import canonical_sha256, tokenizer_sha256, weights_sha256
-from moe_lens.job import Job
 from moe_lens.override import Override
-from moe_lens.trace import FORMAT, VERSION
+from moe_lens.trace.folder import FORMAT, VERSION
+
+from .job import Job
 
 if TYPE_CHECKING:
-    from moe_lens.router import ExpertRouter
+    from moe_lens.routed_model import RoutedModel
 
 __all__ = ["DEFINITIONS", "model_identity", "recording_identity", "trace_header"]
 
@@ -36,7 +37,7 @@ DEFINITIONS = {
 }
 
 
-def trace_header(router: ExpertRouter, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+def trace_header(router: RoutedModel, job: Job, settings: dict[str, Any]) -> dict[str, Any]:
     """Everything in ``trace.json`` that is known before the first forward."""
     info = router.info
     return {
@@ -73,7 +74,7 @@ def recording_identity(header: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def model_identity(router: ExpertRouter) -> dict[str, str]:
+def model_identity(router: RoutedModel) -> dict[str, str]:
     """Hashes of the model's config, weights and tokenizer (the latter two if it has a folder)."""
     identity = {"config_sha256": canonical_sha256(router.config)}
     if router.path is not None:
@@ -98,7 +99,7 @@ def _corpus(job: Job) -> dict[str, Any]:
     }
 
 
-def _overrides(router: ExpertRouter) -> dict[str, dict[str, Any]]:
+def _overrides(router: RoutedModel) -> dict[str, dict[str, Any]]:
     """The overrides in force as JSON, by layer; only the fields that are set."""
     return {
         str(layer): {

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.errors import UsageError
-from moe_lens.tokens import TokenTexts
+
+from .tokens import TokenTexts
 
 __all__ = ["NO_EXPERT", "Routes"]
 

@@ -1,6 +1,6 @@
 """Reading the four forms of a corpus, with an error that names file, line and remedy.
 
-The meaning of each form stands in `moe_lens.corpus`; this module only knows files.
+The meaning of each form stands in `moe_lens.corpus.prompts`; this module only knows files.
 """
 
 from __future__ import annotations
@@ -11,17 +11,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moe_lens.corpus import Corpus, Prompt
 from moe_lens.errors import MoeLensError, UsageError
 
-__all__ = ["read_source"]
+from .prompts import Corpus, Prompt
+
+__all__ = ["read_corpus"]
 
 TEXT_FIELDS = ("text", "prompt", "messages")
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 
 
-def read_source(source: str | os.PathLike[str]) -> Corpus:
-    """The corpus at a path or under a bundled name; see `moe_lens.corpus.read_corpus`."""
+def read_corpus(source: Corpus | str | os.PathLike[str]) -> Corpus:
+    """Read a corpus from a path or from the bundled text; a `Corpus` is returned as it is.
+
+    Args:
+        source: Path of a text file, JSONL file or folder; ``"demo"`` or ``"demo:evaluation"``
+            (write ``./demo`` for a folder of that name); or a `Corpus`.
+
+    Raises:
+        UsageError: There is no such file.
+        MoeLensError: The file cannot be read as prompts. The message names the file, the line and
+            the remedy.
+    """
+    if isinstance(source, Corpus):
+        return source
     if source in ("demo", "demo:calibration", "demo:evaluation"):
         return _read_demo(str(source))
     path = Path(source).expanduser()

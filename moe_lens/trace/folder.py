@@ -35,8 +35,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from moe_lens.errors import MoeLensError, UsageError
-from moe_lens.routes import Routes
-from moe_lens.tokens import TokenTexts
+
+from .routes import Routes
+from .tokens import TokenTexts
 
 __all__ = ["FORMAT", "VERSION", "ShardEntry", "Trace", "is_trace"]
 

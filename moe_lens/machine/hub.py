@@ -69,7 +69,7 @@ def cached_models(folder: Path | None = None) -> tuple[CachedModel, ...]:
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
-    from .families import all_supported
+    from moe_lens.families import all_supported
 
     try:
         cache = scan_cache_dir(folder)

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .errors import CaptureError
+from moe_lens.errors import CaptureError
 
 
 def valid_tokens(

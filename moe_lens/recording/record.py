@@ -17,19 +17,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from moe_lens.batches import plan_shards
 from moe_lens.corpus import Corpus, Prompt
+from moe_lens.corpus.batches import plan_shards
 from moe_lens.errors import UsageError
-from moe_lens.job import Job, Progress, Report
 from moe_lens.profile import Profile
-from moe_lens.recorders import ProfileRecorder, RouteRecorder
-from moe_lens.routes import Routes
-from moe_lens.trace import Trace
-from moe_lens.trace_header import model_identity, trace_header
-from moe_lens.trace_writer import TraceWriter
+from moe_lens.trace import Routes, Trace
+
+from .header import model_identity, trace_header
+from .job import Job, Progress, Report
+from .recorders import ProfileRecorder, RouteRecorder
+from .writer import TraceWriter
 
 if TYPE_CHECKING:
-    from moe_lens.router import ExpertRouter
+    from moe_lens.routed_model import RoutedModel
 
 __all__ = ["Progress", "record_profile", "record_prompt", "record_trace"]
 
@@ -39,7 +39,7 @@ SHARD_TOKENS = 65536
 
 
 def record_trace(
-    router: ExpertRouter,
+    router: RoutedModel,
     corpus: Corpus | str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
@@ -130,7 +130,7 @@ def record_trace(
 
 
 def record_profile(
-    router: ExpertRouter,
+    router: RoutedModel,
     corpus: Corpus | str | os.PathLike[str],
     *,
     outputs: bool = False,
@@ -179,7 +179,7 @@ def record_profile(
 
 
 def record_prompt(
-    router: ExpertRouter,
+    router: RoutedModel,
     prompt: str | Prompt,
     *,
     sequence_length: int | None = None,
@@ -204,7 +204,7 @@ def record_prompt(
     return recorder.take()
 
 
-def _shard_tokens(router: ExpertRouter, router_logits: bool, asked: int | None) -> int:
+def _shard_tokens(router: RoutedModel, router_logits: bool, asked: int | None) -> int:
     if asked is not None and asked < 1:
         raise UsageError(f"The shard size is {asked} tokens; it must be at least 1.")
     if asked is not None:

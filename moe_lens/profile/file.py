@@ -16,7 +16,8 @@ from scipy import sparse
 
 from moe_lens.atomic import write_bytes
 from moe_lens.errors import MoeLensError, UsageError
-from moe_lens.profile import OutputSums, Profile
+
+from .profile import OutputSums, Profile
 
 __all__ = ["load_profile", "save_profile"]
 

@@ -11,14 +11,15 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.batches import pad, plan_batches
 from moe_lens.corpus import Corpus, read_corpus
+from moe_lens.corpus.batches import pad, plan_batches
 from moe_lens.errors import CaptureError, UsageError
-from moe_lens.recorders import ProfileRecorder, RouteRecorder
-from moe_lens.tokens import TokenTexts
+from moe_lens.trace import TokenTexts
+
+from .recorders import ProfileRecorder, RouteRecorder
 
 if TYPE_CHECKING:
-    from moe_lens.router import ExpertRouter
+    from moe_lens.routed_model import RoutedModel
 
 __all__ = ["Job", "Progress", "Report"]
 
@@ -97,7 +98,7 @@ class Job:
 
     def run(
         self,
-        router: ExpertRouter,
+        router: RoutedModel,
         recorder: RouteRecorder | ProfileRecorder,
         prompts: Sequence[int],
         report: Report,

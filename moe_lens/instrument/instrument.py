@@ -13,10 +13,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .errors import CaptureError, UnsupportedModelError, UsageError
-from .families import Attachment, MoELayer, find_moe_layers
+from moe_lens.errors import CaptureError, UnsupportedModelError, UsageError
+from moe_lens.families import Attachment, MoELayer, find_moe_layers
+from moe_lens.override import Override
+
 from .forward import Forward, Sink
-from .override import Override
 from .padding import valid_tokens
 
 _VERIFY = frozenset({"router_logits", "expert_ids", "expert_weights", "expert_inputs"})

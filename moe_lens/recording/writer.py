@@ -23,10 +23,10 @@ from safetensors.numpy import save
 from moe_lens.atomic import PART_SUFFIX, write_bytes
 from moe_lens.errors import CaptureError, MoeLensError, UsageError
 from moe_lens.fingerprint import canonical_sha256, file_sha256
-from moe_lens.routes import NO_EXPERT, Routes
-from moe_lens.tokens import TokenTexts
-from moe_lens.trace import ShardEntry, is_trace, read_header
-from moe_lens.trace_header import recording_identity
+from moe_lens.trace import NO_EXPERT, Routes, TokenTexts
+from moe_lens.trace.folder import ShardEntry, is_trace, read_header
+
+from .header import recording_identity
 
 __all__ = ["TraceWriter"]
 

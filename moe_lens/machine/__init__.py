@@ -1,0 +1,1 @@
+"""What this machine gives: versions, memory, speed, and what the hub has cached here."""

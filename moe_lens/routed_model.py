@@ -1,0 +1,264 @@
+"""A loaded model whose routing can be seen and changed while its own code runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .errors import UsageError
+from .families import MoELayer
+from .generation import Generation, encode_prompt, stream_tokens
+from .info import ModelInfo, describe_model
+from .instrument import Capture, Instrument, Sink
+from .loading import compute_in_float32
+from .override import Override
+
+if TYPE_CHECKING:
+    from mlx_lm.generate import GenerationResponse
+
+logger = logging.getLogger("moe_lens")
+
+
+class RoutedModel:
+    """A MoE model whose routing can be seen and changed.
+
+    Outside `capture`, `override` and `recording` the model is exactly what mlx-lm loaded; inside,
+    its own forward runs and a few classes are swapped. Works as a context manager, too.
+
+    Attributes:
+        model: What ``mlx_lm.load`` returned.
+        tokenizer: mlx-lm's tokenizer wrapper.
+        config: config.json.
+        path: The model's folder.
+        info: The model in numbers.
+        layers: The MoE layers.
+        notes: What was done to make the model run here, in sentences.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        config: dict[str, Any],
+        *,
+        name: str = "model",
+        path: Path | None = None,
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self._instrument = Instrument(model)
+        self.info: ModelInfo = describe_model(name, model, self.layers, config)
+        note = compute_in_float32(model)
+        self.notes: list[str] = [] if note is None else [note]
+        for each in self.notes:
+            logger.warning(each)
+        self._overrides: list[dict[int, Override]] = []
+        self._users = 0
+
+    @property
+    def layers(self) -> list[MoELayer]:
+        return self._instrument.layers
+
+    def __enter__(self) -> RoutedModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Put every class of the model back and drop all overrides and captures."""
+        self._instrument.set_sinks(())
+        self._overrides.clear()
+        self._users = 0
+        self._instrument.detach()
+
+    def __repr__(self) -> str:
+        info = self.info
+        return (
+            f"{type(self).__name__}({self.name!r}: {info.model_type}, "
+            f"{len(info.moe_layers)} MoE layers of {info.num_experts} experts, "
+            f"{info.experts_per_token} per token)"
+        )
+
+    # Seeing and changing -----------------------------------------------------------------
+
+    @contextmanager
+    def capture(self, *values: str, layers: Sequence[int] | None = None) -> Iterator[Capture]:
+        """Capture values of every forward inside the block.
+
+        Args:
+            values: ``router_logits``, ``expert_ids``, ``expert_weights``, ``expert_outputs``,
+                ``routed_output``, ``shared_output``; none for ids and weights.
+            layers: Layer indices; None for all MoE layers.
+
+        Raises:
+            UsageError: For an unknown value or layer.
+            UnsupportedModelError: If the model cannot give a value, with the reason.
+            CaptureError: At the end of the block, if nothing ran.
+        """
+        seen = Capture(self.layers, values, layers)
+        with self.recording(seen):
+            yield seen
+        seen.check()
+        seen.finish()
+
+    @contextmanager
+    def recording(self, *sinks: Sink) -> Iterator[None]:
+        """Hand every forward inside the block to `sinks`."""
+        self._attach()
+        self._instrument.set_sinks((*self._instrument.sinks, *sinks))
+        try:
+            yield
+        finally:
+            ended = {id(sink) for sink in sinks}
+            left = (sink for sink in self._instrument.sinks if id(sink) not in ended)
+            self._instrument.set_sinks(left)
+            self._release()
+
+    @contextmanager
+    def override(
+        self,
+        override: Override | Mapping[int, Override] | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        **fields: Any,
+    ) -> Iterator[None]:
+        """Change the routing of every forward inside the block.
+
+        ``override(k=1)`` changes all MoE layers, ``override(mask=[7], layers=[3])`` some,
+        ``override({3: Override(mask=[7, 12])})`` each in its own way. Inside another override,
+        what is set here wins.
+
+        Raises:
+            UsageError: For experts or layers out of range, k that does not fit, contradictions.
+            UnsupportedModelError: If the model's rule is not known or does not verify.
+        """
+        asked = self._by_layer(override, layers, fields)
+        combined = dict(self._overrides[-1]) if self._overrides else {}
+        for index, each in asked.items():
+            combined[index] = each.over(combined.get(index, Override()))
+        self._instrument.check(combined)
+        self._attach()
+        try:
+            self._instrument.set_overrides(combined)
+            self._overrides.append(combined)
+            try:
+                yield
+            finally:
+                if self._overrides:
+                    self._overrides.pop()
+        finally:
+            if self._instrument.attached:
+                self._instrument.set_overrides(self._overrides[-1] if self._overrides else {})
+            self._release()
+
+    @property
+    def overrides(self) -> dict[int, Override]:
+        """The overrides in force, by layer."""
+        return dict(self._overrides[-1]) if self._overrides else {}
+
+    def _by_layer(
+        self,
+        override: Override | Mapping[int, Override] | None,
+        layers: Sequence[int] | None,
+        fields: dict[str, Any],
+    ) -> dict[int, Override]:
+        if isinstance(override, Mapping):
+            if fields or layers is not None:
+                raise UsageError("give overrides by layer, or fields with layers=, not both")
+            return dict(override)
+        if override is not None and fields:
+            raise UsageError("give one Override, or its fields, not both")
+        try:
+            each = Override(**fields) if override is None else override
+        except TypeError as error:
+            raise UsageError(
+                f"an override has no field {sorted(fields)}: it takes k, mask, force, bias, scale "
+                "and ids"
+            ) from error
+        chosen = self.info.moe_layers if layers is None else layers
+        return dict.fromkeys(chosen, each)
+
+    def _attach(self) -> None:
+        self._instrument.attach()
+        self._users += 1
+
+    def _release(self) -> None:
+        self._users = max(0, self._users - 1)
+        if self._users == 0:
+            self._instrument.detach()
+
+    # Running -----------------------------------------------------------------------------
+
+    def forward(self, token_ids: Any, lengths: Sequence[int] | None = None) -> mx.array:
+        """Logits [B, L, vocab] of token ids [B, L] (or one sequence [L]), without a cache.
+
+        Args:
+            token_ids: Whole numbers; shorter rows are padded on the right.
+            lengths: [B] the real length of each row, so that pads are left out of every record.
+        """
+        tokens = np.atleast_2d(np.asarray(token_ids))
+        if tokens.size == 0:
+            raise UsageError("there are no tokens to run: the batch is empty")
+        self._instrument.lengths = None if lengths is None else np.asarray(lengths)
+        try:
+            logits: mx.array = self.model(mx.array(tokens.astype(np.int32)))
+            return logits
+        finally:
+            self._instrument.lengths = None
+
+    def encode(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt; with `chat`, of the chat template with it as user message."""
+        return encode_prompt(self.tokenizer, prompt, chat=chat)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        experts_per_token: int | None = None,
+        chat: bool = False,
+        **options: Any,
+    ) -> Iterator[GenerationResponse]:
+        """Generate, piece by piece: mlx-lm's `GenerationResponse` for every token.
+
+        Args:
+            prompt: Text or token ids.
+            experts_per_token: Run all MoE layers with this k.
+            chat: Put the prompt into the model's chat template.
+            options: `max_tokens` (256), `temp` (0: the likeliest token), `top_p`, `seed`, and
+                what ``mlx_lm.stream_generate`` takes.
+        """
+        tokens = self.encode(prompt, chat=chat)
+        with self._maybe_override(experts_per_token):
+            yield from stream_tokens(self.model, self.tokenizer, tokens, **options)
+
+    def generate(
+        self, prompt: str | Sequence[int], *, chat: bool = False, **options: Any
+    ) -> Generation:
+        """Generate a whole answer. Takes what `stream` takes."""
+        tokens = self.encode(prompt, chat=chat)
+        return Generation.collect(tokens, self.stream(tokens, **options))
+
+    @contextmanager
+    def _maybe_override(self, experts_per_token: int | None) -> Iterator[None]:
+        if experts_per_token is None:
+            yield
+        else:
+            with self.override(k=experts_per_token):
+                yield
