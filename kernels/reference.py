@@ -71,18 +71,21 @@ def expert_scores(rule: Rule, logits: mx.array, mask: mx.array | None = None) ->
     return _score(rule.score, logits)
 
 
-def select(
+def changed_logits(logits: mx.array, bias: mx.array | None) -> mx.array:
+    """The logits [..., E] with the bias [E] of an override, in their own dtype."""
+    return logits if bias is None else logits + bias.astype(logits.dtype)
+
+
+def selection_scores(
     rule: Rule,
     scores: mx.array,
-    k: int,
     *,
     mask: mx.array | None = None,
     force: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """The ids [..., k] of the chosen experts, and the scores [..., E] their weights come from.
+    """What the k best are taken from [..., E], and the scores [..., E] their weights come from.
 
-    The returned scores are `scores`, except where the rule gives weight 0 to the experts of
-    dropped groups.
+    The latter are `scores`, except where the rule gives weight 0 to the experts of dropped groups.
     """
     choice = scores
     if rule.selection_bias is not None:
@@ -105,6 +108,23 @@ def select(
             scores = mx.where(dropped, mx.array(0, scores.dtype), scores)
     if force is not None:
         choice = mx.where(force, mx.array(float("inf"), choice.dtype), choice)
+    return choice, scores
+
+
+def select(
+    rule: Rule,
+    scores: mx.array,
+    k: int,
+    *,
+    mask: mx.array | None = None,
+    force: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """The ids [..., k] of the chosen experts, and the scores [..., E] their weights come from.
+
+    NaN is the worst score where `side` is ``low`` or ``sorted`` and the best where it is
+    ``high``, because MLX sorts NaN last; among NaNs the side decides as between equal numbers.
+    """
+    choice, scores = selection_scores(rule, scores, mask=mask, force=force)
     return mx.stop_gradient(_best(choice, k, rule.side)), scores
 
 
@@ -137,8 +157,7 @@ def route(
         ids uint32 [..., k] and weights [..., k], in the slot order of the block itself (not
         sorted by weight).
     """
-    if bias is not None:
-        logits = logits + bias.astype(logits.dtype)
+    logits = changed_logits(logits, bias)
     scores = expert_scores(rule, logits, mask)
     if ids is None:
         ids, scores = select(rule, scores, k, mask=mask, force=force)
@@ -177,3 +196,61 @@ def _weights(
     if scale is not None:
         weights = weights * scale[ids].astype(weights.dtype)
     return weights
+
+
+def statistics(
+    rule: Rule,
+    logits: mx.array,
+    ids: mx.array,
+    *,
+    mask: mx.array | None = None,
+    force: mx.array | None = None,
+    bias: mx.array | None = None,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """How sure the router was when it chose `ids`: entropy, margin and mass, float32 [...].
+
+    The router distribution p [E] is the scores' share of their sum, or the softmax of the scores
+    where they are plain logits (Mixtral). Masked experts have p = 0.
+
+    - *entropy*: ``-sum p ln p`` over all experts, in nats: 0 for one certain expert, ln E for none
+      preferred.
+    - *margin*: the lowest selection score among the chosen minus the highest among the others,
+      that is between the k-th and the (k+1)-th; what the selection sees, so with selection bias,
+      groups, mask (-inf) and force (+inf). 0 at a tie, infinite where no expert is left over,
+      negative where given `ids` leave out a better one.
+    - *mass*: the sum of p over the chosen, from 0 to 1.
+
+    Args:
+        rule: The block's rule.
+        logits: [..., E] router logits.
+        ids: [..., k] the chosen experts.
+        mask: As in [`route`][moe_lens.kernels.route], like `force` and `bias`.
+    """
+    scores = expert_scores(rule, changed_logits(logits, bias), mask)
+    choice, _ = selection_scores(rule, scores, mask=mask, force=force)
+    scores = scores.astype(mx.float32)
+    if rule.score == "identity":
+        share = mx.softmax(scores, axis=-1)
+    else:
+        share = scores / scores.sum(axis=-1, keepdims=True)
+    terms = mx.where(share > 0, share * mx.log(share), share)
+    mass = mx.take_along_axis(share, ids, axis=-1).sum(axis=-1)
+    return -terms.sum(axis=-1), _margin(choice.astype(mx.float32), ids, rule.side), mass
+
+
+def _margin(choice: mx.array, ids: mx.array, side: Side) -> mx.array:
+    """From the selection scores [..., E], in the order of `side`, NaN included."""
+    experts, k = choice.shape[-1], ids.shape[-1]
+    if k == experts:
+        return mx.full(choice.shape[:-1], float("inf"))
+    order = mx.argsort(-choice, axis=-1)
+    if side == "high":
+        order = mx.argsort(choice, axis=-1)[..., ::-1]
+    place = mx.argsort(order, axis=-1)
+    last_chosen = mx.take_along_axis(place, ids, axis=-1).max(axis=-1, keepdims=True)
+    left_out = mx.put_along_axis(place, ids, mx.array(experts, place.dtype), axis=-1)
+    first_left_out = left_out.min(axis=-1, keepdims=True)
+    ordered = mx.take_along_axis(choice, order, axis=-1)
+    low = mx.take_along_axis(ordered, last_chosen, axis=-1)
+    high = mx.take_along_axis(ordered, first_left_out, axis=-1)
+    return mx.where(low == high, 0.0, low - high).squeeze(-1)

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import mlx.core as mx
 import pytest
 
+import metal_emulator
 from family_cases import Case, all_cases, open_case
 from tiny_models import cpu_stand_ins
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernel-factory",
+        choices=("emulator", "metal"),
+        default="emulator",
+        help="what runs the GPU kernels of the tests: the emulator, or the GPU of this Mac",
+    )
+
+
+@pytest.fixture(scope="session")
+def kernel_factory(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Builds Metal kernels with the signature of `mx.fast.metal_kernel`."""
+    if request.config.getoption("--kernel-factory") == "metal":
+        if not mx.metal.is_available():
+            pytest.fail("--kernel-factory=metal needs MLX on a Mac with Metal; leave it out here")
+        return mx.fast.metal_kernel
+    try:
+        metal_emulator.find_compiler()
+    except metal_emulator.CompilerMissing as missing:
+        pytest.fail(str(missing))
+    return metal_emulator.metal_kernel
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -34,6 +34,10 @@ NO_TOKENIZER = {"muse_spark", "deepseek_v3/noshared"}
 their weights are loaded without one."""
 
 
+ROUNDS_ITS_OUTPUT = {"muse_spark"}
+"""Its last hidden state is rounded to bfloat16: where a BLAS adds in another order for another
+number of experts, one unit in the last place upstream moves a logit by a bfloat16 step."""
+
 NOT_IN_4_BIT = {"muse_spark"}
 """Its own quantisation rule leaves experts in half precision, which the CPU cannot multiply."""
 
@@ -82,8 +86,9 @@ def pruned_and_masked(name: str, folder: Path, quantise: int | None) -> tuple[mx
 @pytest.mark.parametrize("name", CONFIGS)
 def test_pruned_model_equals_the_masked_original(name: str, tmp_path: Path) -> None:
     pruned, masked = pruned_and_masked(name, tmp_path, None)
+    tolerance = 2**-8 if name in ROUNDS_ITS_OUTPUT else 1e-5
     scale = float(mx.abs(masked).max())
-    np.testing.assert_allclose(np.array(pruned), np.array(masked), atol=1e-5 * scale, rtol=0)
+    np.testing.assert_allclose(np.array(pruned), np.array(masked), atol=tolerance * scale, rtol=0)
 
 
 @pytest.mark.slow
