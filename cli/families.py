@@ -66,9 +66,14 @@ def _show_all(found: list[Support]) -> None:
         ("shows", f"all: {', '.join(values)}"),
         ("changes", f"all: {', '.join(overrides)}"),
         *((f"seam {name}", meaning) for name, meaning in _SEAMS.items()),
-        ("in all", f"{len(found)} model types; `moe-lens families TYPE` says more about one"),
+        ("in all", f"{_count(found)}; `moe-lens families TYPE` says more about one"),
     ]
     screen.show("", screen.facts(legend))
+
+
+def _count(found: list[Support]) -> str:
+    aliases = sum(each.alias_of is not None for each in found)
+    return f"{len(found) - aliases} model types, and {aliases} other names of some of them"
 
 
 def _row(each: Support, narrow: bool) -> list[str]:
@@ -91,6 +96,7 @@ def _missing(each: Support, *, values: bool) -> list[str]:
 def _details(one: Support) -> list[tuple[str, str]]:
     rows = [
         ("model type", one.model_type),
+        *([("runs as", one.alias_of)] if one.alias_of else []),
         ("family", one.family),
         ("block", f"{one.block} of mlx-lm"),
         ("seam", f"{one.seam}: {_SEAMS[one.seam]}"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -68,7 +68,7 @@ class Override:
             self._check_ids(where, width)
             return
         k = layer.k if self.k is None else self.k
-        if isinstance(k, bool) or not isinstance(k, int):
+        if isinstance(k, bool) or not isinstance(k, int | np.integer):
             raise UsageError(f"{where}: k must be a whole number, not {k!r}")
         left = width - len(set(self.mask))
         if not 1 <= k <= width:
@@ -112,7 +112,7 @@ class Override:
         width = layer.router_width
         found: dict[str, Any] = {}
         if self.k is not None:
-            found["k"] = self.k
+            found["k"] = int(self.k)
         for name in ("mask", "force"):
             experts = getattr(self, name)
             if len(experts):
@@ -128,7 +128,9 @@ class Override:
         return found
 
 
-def _check_experts(experts: Sequence[int], width: int, where: str) -> None:
+def _check_experts(experts: Iterable[int], width: int, where: str) -> None:
+    if isinstance(experts, str) or not isinstance(experts, Iterable):
+        raise UsageError(f"{where}: give a list of experts, such as [3], not {experts!r}")
     for expert in experts:
         if isinstance(expert, bool) or not isinstance(expert, int | np.integer):
             raise UsageError(f"{where}: experts are whole numbers, not {expert!r}")
@@ -139,14 +141,26 @@ def _check_experts(experts: Sequence[int], width: int, where: str) -> None:
 def _per_expert(
     values: PerExpert | None, width: int, where: str, neutral: float
 ) -> np.ndarray | None:
-    if values is None or len(values) == 0:
+    if values is None:
         return None
-    if isinstance(values, Mapping):
-        _check_experts(list(values), width, where)
+    if isinstance(values, str) or not isinstance(values, Sized):
+        raise UsageError(
+            f"{where}: give {{expert: value}} or one value for each expert, not {values!r}"
+        )
+    if len(values) == 0:
+        return None
+    by_expert = isinstance(values, Mapping)
+    if by_expert:
+        _check_experts(values, width, where)
+    try:
+        numbers = np.asarray(list(values.values() if by_expert else values), dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{where}: every value must be a number, not {values!r}") from error
+    if by_expert:
         full = np.full(width, neutral, dtype=np.float32)
-        full[list(values)] = list(values.values())
+        full[list(values)] = numbers
     else:
-        full = np.asarray(values, dtype=np.float32)
+        full = numbers
         if full.shape != (width,):
             raise UsageError(f"{where}: {len(values)} values were given for {width} experts")
     if not np.isfinite(full).all():

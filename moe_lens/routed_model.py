@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from .errors import UsageError
 from .families import MoELayer
@@ -20,6 +19,7 @@ from .info import ModelInfo, describe_model
 from .instrument import Capture, Instrument, Sink
 from .loading import compute_in_float32
 from .override import Override
+from .token_batch import batch_lengths, token_batch
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
@@ -182,7 +182,19 @@ class RoutedModel:
         if isinstance(override, Mapping):
             if fields or layers is not None:
                 raise UsageError("give overrides by layer, or fields with layers=, not both")
-            return dict(override)
+            asked = dict(override)
+        else:
+            asked = self._for_layers(override, layers, fields)
+        for index, each in asked.items():
+            if not isinstance(each, Override):
+                raise UsageError(
+                    f"layer {index}: give a moe_lens.Override, such as Override(k=1), not {each!r}"
+                )
+        return asked
+
+    def _for_layers(
+        self, override: Override | None, layers: Sequence[int] | None, fields: dict[str, Any]
+    ) -> dict[int, Override]:
         if override is not None and fields:
             raise UsageError("give one Override, or its fields, not both")
         try:
@@ -212,13 +224,14 @@ class RoutedModel:
         Args:
             token_ids: Whole numbers; shorter rows are padded on the right.
             lengths: [B] the real length of each row, so that pads are left out of every record.
+
+        Raises:
+            UsageError: If they are no batch of this model's token ids.
         """
-        tokens = np.atleast_2d(np.asarray(token_ids))
-        if tokens.size == 0:
-            raise UsageError("there are no tokens to run: the batch is empty")
-        self._instrument.lengths = None if lengths is None else np.asarray(lengths)
+        tokens = token_batch(token_ids, self.info.vocab_size)
+        self._instrument.lengths = batch_lengths(lengths, tokens.shape)
         try:
-            logits: mx.array = self.model(mx.array(tokens.astype(np.int32)))
+            logits: mx.array = self.model(mx.array(tokens))
             return logits
         finally:
             self._instrument.lengths = None

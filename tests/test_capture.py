@@ -135,6 +135,34 @@ def test_a_capture_of_nothing_is_an_error(router: ExpertRouter) -> None:
         mx.eval(router.model.model(mx.array([[1, 2, 3]])))
 
 
+def test_one_capture_holds_one_k(router: ExpertRouter) -> None:
+    with (
+        pytest.raises(CaptureError, match="2 experts per token of layer 1.* runs with 1: open"),
+        router.capture(),
+    ):
+        mx.eval(router.forward([1, 2, 3]))
+        with router.override(k=1):
+            router.forward([1, 2, 3])
+    mx.eval(router.forward([1, 2, 3]))
+
+
+def test_forwards_of_all_sizes_are_joined_in_their_order(router: ExpertRouter) -> None:
+    rng = np.random.default_rng(0)
+    pieces = [rng.integers(1, 60, size) for size in (3, 1, 1, 300, 1, 40, 1)]
+    with router.capture("router_logits", "expert_ids", "expert_outputs") as seen:
+        for piece in pieces:
+            mx.eval(router.forward(piece))
+    np.testing.assert_array_equal(seen.token_ids, np.concatenate(pieces))
+    np.testing.assert_array_equal(seen.prompt, np.repeat(range(7), [len(p) for p in pieces]))
+    start = 0
+    for piece in pieces:
+        with router.capture("router_logits", "expert_ids", "expert_outputs") as one:
+            mx.eval(router.forward(piece))
+        rows = slice(start, start := start + len(piece))
+        for name in ("router_logits", "expert_ids", "expert_outputs"):
+            np.testing.assert_array_equal(getattr(seen[2], name)[rows], getattr(one[2], name))
+
+
 def test_what_a_model_does_not_have_is_refused_with_the_reason(router: ExpertRouter) -> None:
     with (
         pytest.raises(UnsupportedModelError, match="no shared expert"),

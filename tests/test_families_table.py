@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import MODEL_REMAPPING
 
 from family_cases import MODES
+from moe_lens.errors import UnsupportedModelError
 from moe_lens.families import OVERRIDES, VALUES, all_supported, find_moe_layers, support
 from tiny_models import BASE, build
 
@@ -106,3 +107,16 @@ def experts_in(arrays: dict[str, Any], block: str, router: set[str]) -> set[str]
         if re.search(r"\.(switch_mlp|experts|switch_glu)\.", path)
         and not re.search(r"\.(shared_\w+|post_expert_norm)\.", path)
     }
+
+
+def test_an_unknown_model_type_is_answered_with_the_nearest_known_one() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"did you mean qwen3_moe\?"):
+        support("qwen3-moe")
+    with pytest.raises(UnsupportedModelError, match="not a model type that moe-lens knows;"):
+        support("zzzzzz")
+
+
+def test_other_names_are_told_apart_from_model_types() -> None:
+    found = all_supported()
+    assert sum(each.alias_of is None for each in found) == 54
+    assert support("kimi_k2").alias_of == "deepseek_v3"

@@ -128,6 +128,11 @@ def test_different_k_in_different_layers(router: ExpertRouter) -> None:
         ({"bias": [1.0]}, "1 values were given for 8 experts"),
         ({"bias": {1: float("nan")}}, "finite"),
         ({"scale": {1: float("inf")}}, "finite"),
+        ({"bias": {1: "a"}}, "every value must be a number"),
+        ({"bias": 2.0}, "one value for each expert"),
+        ({"scale": "12345678"}, "one value for each expert"),
+        ({"mask": 3}, r"give a list of experts, such as \[3\], not 3"),
+        ({"force": "3"}, "give a list of experts"),
         ({"experts": [1]}, "no field"),
     ],
 )
@@ -137,6 +142,38 @@ def test_impossible_overrides_are_refused(
     with pytest.raises(UsageError, match=message), router.override(**fields):
         pytest.fail("the block must not run")
     assert not router._instrument.attached
+
+
+@pytest.mark.parametrize("given", [7, {1: 7}, {1: {"k": 1}}])
+def test_what_is_no_override_is_refused(router: ExpertRouter, given: object) -> None:
+    with pytest.raises(UsageError, match="give a moe_lens.Override"), router.override(given):
+        pytest.fail("the block must not run")
+
+
+def test_numbers_of_numpy_are_numbers(router: ExpertRouter) -> None:
+    with router.override(k=1, mask=[2]):
+        plain = routing(router)
+    with router.override(k=np.int64(1), mask=np.array([2])):
+        again = routing(router)
+    for layer in MOE_LAYERS:
+        np.testing.assert_array_equal(plain[layer][0], again[layer][0])
+
+
+def test_an_override_alone_keeps_no_array_of_the_forward(router: ExpertRouter) -> None:
+    with router.override(k=1):
+        mx.eval(router.model(TOKENS))
+        for attachment in router._instrument._attachments.values():
+            assert attachment.block_input is None
+            assert attachment.logits is None
+
+
+def test_the_rule_is_read_from_the_live_module(router: ExpertRouter) -> None:
+    with router.override(k=2):
+        before = routing(router)[1][1]
+        router.layers[0].block.norm_topk_prob = False
+        after = routing(router)[1][1]
+    np.testing.assert_allclose(before.sum(-1), 1, rtol=1e-5)
+    assert (after.sum(-1) < 0.999).all()
 
 
 def test_layers_without_experts_are_refused(router: ExpertRouter) -> None:

@@ -90,6 +90,26 @@ def test_impossible_options(router: ExpertRouter, options: dict[str, object], me
         router.generate("w5", **options)
 
 
+@pytest.mark.parametrize(
+    ("ids", "lengths", "message"),
+    [
+        ([[1, 2], [3]], None, "differ in length"),
+        ([1.5, 2.0], None, "whole numbers"),
+        ([[[1]]], None, r"of shape \[batch, length\]"),
+        ([1, 128], None, "there is no token id 128: this model has 0 to 127"),
+        ([-1], None, "no token id -1"),
+        ([[1, 2], [3, 4]], [2], "2 whole numbers, one for each row"),
+        ([[1, 2], [3, 4]], [2, 3], "from 1 to 2"),
+        ([[1, 2], [3, 4]], [0, 2], "from 1 to 2"),
+    ],
+)
+def test_impossible_batches(
+    router: ExpertRouter, ids: object, lengths: list[int] | None, message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        router.forward(ids, lengths)
+
+
 def test_an_empty_prompt(router: ExpertRouter) -> None:
     with pytest.raises(UsageError, match="the prompt is empty"):
         router.generate("")

@@ -15,7 +15,8 @@ import mlx.nn as nn
 from moe_lens.kernels import Rule
 
 from .declaration import Block, parameter, top2_groups
-from .seams import Attachment, call_original, fill_slots
+from .layer import MoELayer
+from .seams import Attachment, call_original
 
 
 def _rule(block: Any) -> Rule:
@@ -47,7 +48,7 @@ def _attach(attachment: Attachment) -> None:
         attachment.emit("expert_ids", ids)
         attachment.emit("expert_weights", weights)
         chosen["weights"] = weights
-        return fill_slots(layer, ids, weights)
+        return _fill_slots(layer, ids, weights)
 
     def experts(module: nn.Module, x: mx.array, ids: mx.array) -> mx.array:
         outputs: mx.array = call_original(module, x, ids)
@@ -63,6 +64,15 @@ def _attach(attachment: Attachment) -> None:
 
     attachment.swap(layer.router_module, router)
     attachment.swap(layer.experts_module, experts)
+
+
+def _fill_slots(layer: MoELayer, ids: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
+    """Slots of weight 0 where the block cannot combine as few experts as were chosen."""
+    missing = layer.family.smallest_k - ids.shape[-1]
+    if missing <= 0:
+        return ids, weights
+    width = [(0, 0)] * (ids.ndim - 1) + [(0, missing)]
+    return mx.pad(ids, width, mode="edge"), mx.pad(weights, width)
 
 
 BLOCKS = (

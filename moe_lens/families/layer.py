@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -98,13 +97,9 @@ class MoELayer:
         """The number of router logits: experts and zero experts."""
         return self.num_experts + self.zero_experts
 
-    @cached_property
-    def _rule(self) -> Rule:
-        return self.family.rule(self.block)
-
     def rule(self) -> Rule:
         """The rule this block routes by, read from the live module."""
-        return self._rule
+        return self.family.rule(self.block)
 
     @property
     def groups(self) -> Groups | None:

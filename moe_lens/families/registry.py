@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from difflib import get_close_matches
 from typing import Any
 
 import mlx.nn as nn
+from mlx_lm.utils import MODEL_REMAPPING
 
 from moe_lens.errors import UnsupportedModelError
 
@@ -94,6 +96,8 @@ class Support:
     """What moe-lens can do with one model type of mlx-lm."""
 
     model_type: str
+    alias_of: str | None
+    """The model type whose code mlx-lm runs for this name; None: its own."""
     family: str
     block: str
     seam: str
@@ -115,6 +119,7 @@ def _support(model_type: str, family: str, block: Block) -> Support:
         without.setdefault("shared_output", "the architecture has no shared expert")
     return Support(
         model_type=model_type,
+        alias_of=MODEL_REMAPPING.get(model_type),
         family=family,
         block=block.name,
         seam=block.seam,
@@ -144,10 +149,13 @@ def support(model_type: str) -> Support:
     Raises:
         UnsupportedModelError: If no family declares it.
     """
-    for found in all_supported():
-        if found.model_type == model_type:
-            return found
+    known = {found.model_type: found for found in all_supported()}
+    if model_type in known:
+        return known[model_type]
+    near = get_close_matches(model_type, known, n=1)
     raise UnsupportedModelError(
-        f"{model_type} is not a model type that moe-lens knows; a block with a Switch layer can "
-        "still be captured, but not overridden (`moe-lens families` lists the known ones)"
+        f"{model_type} is not a model type that moe-lens knows"
+        + (f" (did you mean {near[0]}?)" if near else "")
+        + "; a block with a Switch layer can still be captured, but not overridden "
+        "(`moe-lens families` lists the known ones)"
     )

@@ -208,18 +208,9 @@ def observe_router(attachment: Attachment) -> None:
             ids, weights = pair = attachment.route(layer.logits(x), x.dtype)
         attachment.emit("expert_ids", ids)
         attachment.emit("expert_weights", weights)
-        return pair if attachment.changes is None else fill_slots(layer, ids, weights)
+        return pair
 
     attachment.swap(layer.router_module, call)
-
-
-def fill_slots(layer: MoELayer, ids: mx.array, weights: mx.array) -> tuple[mx.array, mx.array]:
-    """Slots of weight 0 where the block cannot combine as few experts as were chosen."""
-    missing = layer.family.smallest_k - ids.shape[-1]
-    if missing <= 0:
-        return ids, weights
-    width = [(0, 0)] * (ids.ndim - 1) + [(0, missing)]
-    return mx.pad(ids, width, mode="edge"), mx.pad(weights, width)
 
 
 def observe_experts(attachment: Attachment) -> None:

@@ -10,13 +10,9 @@ import numpy as np
 
 from moe_lens.errors import CaptureError, UnsupportedModelError, UsageError
 from moe_lens.families import VALUES, MoELayer
-from moe_lens.trace import NO_EXPERT
 
 from .forward import ROUTING, Forward
 from .places import Places
-
-_ALL = -1
-"""In place of a layer: an array of all layers."""
 
 _EVALUATE_TOKENS = 256
 """Tokens whose values may wait, lazy, for the model's own evaluation."""
@@ -79,50 +75,92 @@ class Capture:
                 f"layers are {', '.join(map(str, known))}"
             )
         self.layers = chosen
+        needs = set(self.wanted)
+        if needs & (ROUTING | {"expert_outputs"}):
+            # Slots are sorted by weight, so ids and outputs need the weights, too.
+            needs |= ROUTING
+        self.values = frozenset(needs)
         self._given = {
-            index: tuple(name for name in self.wanted if known[index].reason(name) is None)
+            index: tuple(name for name in VALUES if name in needs and not known[index].reason(name))
             for index in chosen
         }
         for name in self.wanted:
             if not any(name in given for given in self._given.values()):
                 reason = known[chosen[0]].reason(name)
                 raise UnsupportedModelError(f"this model cannot give {name}: {reason}")
-        needs = set(self.wanted)
-        if needs & (ROUTING | {"expert_outputs"}):
-            # Slots are sorted by weight, so ids and outputs need the weights, too.
-            needs |= ROUTING
-        self.values = frozenset(needs)
         self._id_dtype = (
             mx.uint8 if max(known[i].router_width for i in chosen) <= 256 else mx.uint16
         )
-        self._forwards: list[_Kept] = []
-        self._pending = self._evaluated = 0
-        self._rows: dict[str, np.ndarray] | None = None
+        self._slots: dict[int, int] = {}
+        self._waiting: list[_Forward] = []
+        self._pending = 0
+        self._forwards: list[_Forward] = []
+        self._joined: dict[tuple[str, int], list[mx.array]] = {}
+        self._arrays: dict[tuple[str, int], np.ndarray] = {}
+        self._tokens: dict[str, np.ndarray] | None = None
         self._by_layer: dict[int, LayerCapture] = {}
 
     def record(self, forward: Forward) -> None:
-        """Keep what this forward showed (called by the instrument)."""
-        self._forwards.append(_Kept(forward, self._given, self._id_dtype))
+        """Keep what this forward showed (called by the instrument).
+
+        Raises:
+            CaptureError: If it has another k than the forwards before it.
+        """
+        values: dict[tuple[str, int], mx.array] = {}
+        for layer, names in self._given.items():
+            for name in names:
+                values[name, layer] = value = forward.value(name, layer)
+                if name == "expert_ids":
+                    self._check_slots(layer, value.shape[-1])
+        # Held as they are: the model's own evaluation fills them, and what a decoded token
+        # costs is this dictionary.
+        self._waiting.append(_Forward(forward.token_ids, forward.valid, forward.continues, values))
         self._pending += forward.valid.size
         if self._pending >= _EVALUATE_TOKENS:
-            # Until then, the model's own evaluation fills the arrays; a second one for every
-            # decoded token would cost more than the capture itself.
-            mx.async_eval([kept.arrays() for kept in self._forwards[self._evaluated :]])
-            self._evaluated, self._pending = len(self._forwards), 0
-        self._rows = None
+            self._join()
+        self._tokens = None
         self._by_layer.clear()
+
+    def _check_slots(self, layer: int, k: int) -> None:
+        before = self._slots.setdefault(layer, k)
+        if k != before:
+            raise CaptureError(
+                f"this capture holds {before} experts per token of layer {layer}, and now the "
+                f"model runs with {k}: open one capture for each k"
+            )
+
+    def _join(self) -> None:
+        """Join the forwards that wait into one compact array per value and layer."""
+        if not self._waiting:
+            return
+        for key in self._waiting[0].values:
+            parts = [forward.values[key] for forward in self._waiting]
+            whole = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            # Ids as a view hold the whole [tokens, experts] buffer of the partition.
+            dtype = self._id_dtype if key[0] == "expert_ids" else mx.float32
+            self._joined.setdefault(key, []).append(whole.astype(dtype))
+        mx.async_eval([arrays[-1] for arrays in self._joined.values()])
+        for forward in self._waiting:
+            forward.values.clear()
+        self._forwards += self._waiting
+        self._waiting, self._pending = [], 0
 
     def finish(self) -> None:
         """Evaluate what still waits, in the thread that ran the model, whose streams it needs."""
-        for kept in self._forwards:
-            kept.finish()
-        self._evaluated, self._pending = len(self._forwards), 0
+        self._join()
+        if not self._joined:
+            return
+        mx.eval(self._joined, [forward.token_ids for forward in self._forwards])
+        for key, arrays in self._joined.items():
+            known = [self._arrays[key]] if key in self._arrays else []
+            self._arrays[key] = np.concatenate([*known, *map(np.array, arrays)])
+        self._joined = {}
 
     # Reading -----------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """The number of tokens captured."""
-        return sum(int(kept.valid.sum()) for kept in self._forwards)
+        return sum(int(each.valid.sum()) for each in (*self._forwards, *self._waiting))
 
     def __iter__(self) -> Iterator[LayerCapture]:
         return (self[layer] for layer in self.layers)
@@ -149,12 +187,20 @@ class Capture:
         self.check()
         self.finish()
         if layer not in self._by_layer:
-            arrays = {
-                name: np.concatenate([kept.rows(name, layer) for kept in self._forwards])
-                for name in self._given[layer]
-            }
-            self._by_layer[layer] = LayerCapture(layer, **arrays)
+            self._by_layer[layer] = LayerCapture(layer, **self._layer_rows(layer))
         return self._by_layer[layer]
+
+    def _layer_rows(self, layer: int) -> dict[str, np.ndarray]:
+        """Every value of one layer, pads dropped, slots by falling weight."""
+        valid = np.concatenate([forward.valid for forward in self._forwards])
+        rows = {name: self._arrays[name, layer][valid] for name in self._given[layer]}
+        if "expert_weights" in rows:
+            order = np.argsort(-rows["expert_weights"], axis=-1, kind="stable")
+            token = np.arange(len(order))[:, None]
+            for name in ("expert_ids", "expert_weights", "expert_outputs"):
+                if name in rows:
+                    rows[name] = rows[name][token, order]
+        return {name: array for name, array in rows.items() if name in self.wanted}
 
     def check(self) -> None:
         """Raise a CaptureError if nothing was captured."""
@@ -167,70 +213,26 @@ class Capture:
     def _token_rows(self) -> dict[str, np.ndarray]:
         self.check()
         self.finish()
-        if self._rows is None:
+        if self._tokens is None:
             places = Places()
             placed = [
-                places.of(kept.shape, kept.valid, continues=kept.continues)
-                for kept in self._forwards
+                places.of(each.token_ids.shape, each.valid, continues=each.continues)
+                for each in self._forwards
             ]
-            self._rows = {
-                "token_ids": np.concatenate([kept.tokens() for kept in self._forwards]),
+            ids = [np.array(each.token_ids).reshape(-1)[each.valid] for each in self._forwards]
+            self._tokens = {
+                "token_ids": np.concatenate(ids).astype(np.int32),
                 "prompt": np.concatenate([prompt for prompt, _ in placed]),
                 "position": np.concatenate([position for _, position in placed]),
             }
-        return self._rows
+        return self._tokens
 
 
-class _Kept:
-    """What a capture keeps of one forward: compact arrays, pads and slot order as they came.
+@dataclass
+class _Forward:
+    """What a capture keeps of one forward; its values leave when forwards are joined."""
 
-    Sorting is left to the reader, so that a forward costs a stack and a cast.
-    """
-
-    def __init__(
-        self, forward: Forward, given: dict[int, tuple[str, ...]], id_dtype: mx.Dtype
-    ) -> None:
-        self.valid = forward.valid
-        self.shape = forward.shape
-        self.continues = forward.continues
-        self.token_ids = forward.token_ids
-        self._place = {layer: place for place, layer in enumerate(forward.layers)}
-        self._lazy: dict[tuple[str, int], mx.array] = {}
-        self._arrays: dict[tuple[str, int], np.ndarray] = {}
-        names = {name for each in given.values() for name in each}
-        if names & (ROUTING | {"expert_outputs"}):
-            ids, weights = forward.slots()
-            # Ids as a view would hold the whole [tokens, experts] buffer of the partition.
-            self._lazy["expert_ids", _ALL] = ids.astype(mx.uint16 if forward.uneven else id_dtype)
-            self._lazy["expert_weights", _ALL] = weights
-        for layer, wanted in given.items():
-            for name in wanted:
-                if name not in ROUTING:
-                    self._lazy[name, layer] = forward.value(name, layer).astype(mx.float32)
-
-    def arrays(self) -> list[mx.array]:
-        return [*self._lazy.values(), self.token_ids]
-
-    def finish(self) -> None:
-        mx.eval(self.arrays())
-        self._arrays |= {key: np.array(value) for key, value in self._lazy.items()}
-        self._lazy.clear()
-
-    def tokens(self) -> np.ndarray:
-        return np.array(self.token_ids).reshape(-1)[self.valid].astype(np.int32)
-
-    def rows(self, name: str, layer: int) -> np.ndarray:
-        """[valid tokens, ...] of one layer, slots by falling weight."""
-        if name not in ROUTING and name != "expert_outputs":
-            return self._arrays[name, layer][self.valid]
-        place = self._place[layer]
-        ids = self._arrays["expert_ids", _ALL][place][self.valid]
-        weights = self._arrays["expert_weights", _ALL][place][self.valid]
-        if ids.dtype == np.uint16 and ids.size:
-            used = ids[0] != NO_EXPERT
-            ids, weights = ids[:, used], weights[:, used]
-        order = np.argsort(-weights, axis=-1, kind="stable")
-        if name == "expert_outputs":
-            outputs = self._arrays[name, layer][self.valid]
-            return np.take_along_axis(outputs, order[..., None], axis=1)
-        return np.take_along_axis(ids if name == "expert_ids" else weights, order, axis=-1)
+    token_ids: mx.array
+    valid: np.ndarray
+    continues: bool
+    values: dict[tuple[str, int], mx.array]

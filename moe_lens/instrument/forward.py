@@ -72,37 +72,26 @@ class Forward:
         trailing = 2 if name == "expert_outputs" else 1
         return value.reshape(-1, *value.shape[value.ndim - trailing :])
 
-    @property
-    def uneven(self) -> bool:
-        """Whether layers differ in k in this forward."""
-        return len({self.value("expert_ids", layer).shape[-1] for layer in self.layers}) > 1
-
-    def slots(self) -> tuple[mx.array, mx.array]:
-        """Expert ids and weights [layers, B * L, k] in the blocks' own slot order.
-
-        Where layers differ in k, the slots that one does not fill hold `NO_EXPERT` and 0.
-        """
-        ids = [self.value("expert_ids", layer) for layer in self.layers]
-        weights = [self.value("expert_weights", layer) for layer in self.layers]
-        if self.uneven:
-            widest = max(part.shape[-1] for part in ids)
-            ids = [_widen(part.astype(mx.uint32), widest, NO_EXPERT) for part in ids]
-            weights = [_widen(part, widest, 0) for part in weights]
-        return mx.stack(ids), mx.stack(weights).astype(mx.float32)
-
     def routing(self) -> tuple[mx.array, mx.array]:
         """Expert ids uint32 and weights float32, both [layers, B * L, k], best slot first.
 
-        Slots are sorted by falling weight; of equal weights the block's lower slot is first, and
-        empty slots (`NO_EXPERT`) are last.
+        Slots are sorted by falling weight; of equal weights the block's lower slot is first.
+        Where layers differ in k, the slots that one does not fill are last and hold `NO_EXPERT`
+        and 0.
         """
-        ids, weights = self.slots()
-        if ids.shape[-1] > 1:
+        parts = [
+            (self.value("expert_ids", layer), self.value("expert_weights", layer))
+            for layer in self.layers
+        ]
+        widest = max(ids.shape[-1] for ids, _ in parts)
+        ids = mx.stack([_widen(ids.astype(mx.uint32), widest, NO_EXPERT) for ids, _ in parts])
+        weights = mx.stack([_widen(weights, widest, 0) for _, weights in parts]).astype(mx.float32)
+        if widest > 1:
             rank = mx.where(ids == NO_EXPERT, mx.array(float("inf")), -weights)
             order = mx.argsort(rank, axis=-1)
             ids = mx.take_along_axis(ids, order, axis=-1)
             weights = mx.take_along_axis(weights, order, axis=-1)
-        return ids.astype(mx.uint32), weights
+        return ids, weights
 
 
 def _widen(slots: mx.array, width: int, fill: int) -> mx.array:

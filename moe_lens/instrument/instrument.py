@@ -158,7 +158,11 @@ class Instrument:
 
     def _run(self, base: type, *args: Any, **kwargs: Any) -> Any:
         if not self.sinks:
-            return base.__call__(self.model, *args, **kwargs)  # type: ignore[operator]
+            try:
+                return base.__call__(self.model, *args, **kwargs)  # type: ignore[operator]
+            finally:
+                for attachment in self._attachments.values():
+                    attachment.begin()
         for index, attachment in self._attachments.items():
             attachment.begin()
             attachment.wanted = self._wanted[index]
