@@ -72,7 +72,7 @@ def compress(
     ] = None,
     sample_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Use N prompts of each text at most.")
-    ] = 256,
+    ] = 128,
     sequence_length: Annotated[
         int, typer.Option(metavar="TOKENS", min=1, help="Cut longer prompts here.")
     ] = 512,

@@ -115,7 +115,7 @@ def _stream(router: ExpertRouter, routing: Routing, text: str, options: dict[str
     try:
         with _changed(router, routing):
             for last in router.stream(text, **options):
-                sys.stdout.write(last.text)
+                sys.stdout.write(screen.printable(last.text))
                 sys.stdout.flush()
     finally:
         if last is not None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 # Into a pipe or a file nothing is wrapped or cut: the reader has no width.
 UNLIMITED = 100_000
 
+# Control characters as their symbols, one for one; line ends and tabs stay.
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\r\t"}
+_CONTROL |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
 
 def _console(stderr: bool) -> Console:
     from rich.console import Console
@@ -75,6 +79,14 @@ def commands(*lines: str) -> None:
 
     for line in lines:
         out().print(Text(f"  {line}", no_wrap=True, overflow="ignore"), soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """`text` as a terminal may print it: what would steer the terminal is shown as a symbol.
+
+    A model can write escape sequences; in a file or a pipe they are the program's own business.
+    """
+    return text.translate(_CONTROL) if out().is_terminal else text
 
 
 def emit_json(content: Any) -> None:

@@ -97,15 +97,16 @@ class Pair:
         """The text with the mark before, and the first differing token in bold."""
         from rich.text import Text
 
+        written = screen.printable(made.text)
         if self.place is None:
-            return Text(made.text)
+            return Text(written)
         upto = self.tokenizer.decode(list(made.token_ids[: self.place + 1]))
         end = max(len(upto.rstrip("\ufffd")), self._same)
         return Text.assemble(
-            made.text[: self._same],
+            written[: self._same],
             (_MARK, "bold magenta"),
-            (made.text[self._same : end], "bold underline magenta"),
-            made.text[end:],
+            (written[self._same : end], "bold underline magenta"),
+            written[end:],
         )
 
 

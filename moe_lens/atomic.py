@@ -35,7 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise MoeLensError(
             f"{path} cannot be written: {error.strerror or error}; choose another place or make "
-            "room there."
+            "room there"
         ) from error
     finally:
         with suppress(OSError):  # the error above says what went wrong

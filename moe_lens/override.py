@@ -149,16 +149,17 @@ def _per_expert(
         )
     if len(values) == 0:
         return None
-    by_expert = isinstance(values, Mapping)
-    if by_expert:
+    experts: list[int] | None = None
+    if isinstance(values, Mapping):
         _check_experts(values, width, where)
+        experts, values = list(values), list(values.values())
     try:
-        numbers = np.asarray(list(values.values() if by_expert else values), dtype=np.float32)
+        numbers = np.asarray(values, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise UsageError(f"{where}: every value must be a number, not {values!r}") from error
-    if by_expert:
+    if experts is not None:
         full = np.full(width, neutral, dtype=np.float32)
-        full[list(values)] = numbers
+        full[experts] = numbers
     else:
         full = numbers
         if full.shape != (width,):

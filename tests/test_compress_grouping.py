@@ -281,7 +281,7 @@ def test_pruning_takes_equally_many_of_each_router_group() -> None:
         (0.0, "between 0 and 1"),
         (1.0, "between 0 and 1"),
         (0.1, "removes none of 8 experts; the smallest that does is 0.125"),
-        (0.9, "1 experts would remain, of which a token could use at most 1, but 2"),
+        (0.9, "keep 1 of its experts, of which a token could use at most 1, but 2"),
     ],
 )
 def test_ratios_that_cannot_be(ratio: float, message: str) -> None:

@@ -55,6 +55,18 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(
     assert listing(tmp_path) == ["source"]
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=r"file is a file, so .* cannot be made"):
+        check_output(tmp_path / "file" / "smaller", tmp_path / "source", force=False)
+    check_output(tmp_path / "new" / "smaller", tmp_path / "source", force=False)
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    with pytest.raises(UsageError, match="you may not write"):
+        check_output(tmp_path / "new" / "smaller", tmp_path / "source", force=False)
+
+
 def test_an_existing_folder_is_replaced_by_force_only(tmp_path: Path) -> None:
     source, plan = prepared(tmp_path)
     output = write(plan, source, tmp_path / "smaller")

@@ -149,7 +149,7 @@ class TestFolder:
         with pytest.raises(MoeLensError, match="holds no files"):
             read_corpus(tmp_path)
         write(tmp_path / "a.txt", " \n")
-        with pytest.raises(MoeLensError, match=r"All 1 files .* are empty"):
+        with pytest.raises(MoeLensError, match=r"all 1 files .* are empty"):
             read_corpus(tmp_path)
 
     def test_binary_and_jsonl_are_refused_by_name(self, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ class TestTokenize:
 
     def test_no_template(self) -> None:
         messages = ({"role": "user", "content": "b"},)
-        with pytest.raises(UsageError, match="Prompt 2 must go through a chat template"):
+        with pytest.raises(UsageError, match="prompt 2 must go through a chat template"):
             Corpus("c", (Prompt("a"), Prompt(None, messages))).tokenize(words_tokenizer())
 
     def test_template_that_refuses(self) -> None:

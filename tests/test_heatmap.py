@@ -89,7 +89,7 @@ class TestNumbers:
         assert found.first_position == 3 and len(found.tokens) == 3
 
     def test_refusals(self) -> None:
-        with pytest.raises(UsageError, match="Layer 0 has no routed experts"):
+        with pytest.raises(UsageError, match="layer 0 has no routed experts"):
             token_expert(PROMPT, 0)
         with pytest.raises(UsageError, match="the prompt has 11 tokens"):
             first_choice(PROMPT, start=11)

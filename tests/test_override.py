@@ -146,7 +146,7 @@ def test_impossible_overrides_are_refused(
 
 @pytest.mark.parametrize("given", [7, {1: 7}, {1: {"k": 1}}])
 def test_what_is_no_override_is_refused(router: ExpertRouter, given: object) -> None:
-    with pytest.raises(UsageError, match="give a moe_lens.Override"), router.override(given):
+    with pytest.raises(UsageError, match=r"give a moe_lens\.Override"), router.override(given):
         pytest.fail("the block must not run")
 
 

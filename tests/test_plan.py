@@ -71,7 +71,7 @@ def layer_0(content: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda c: c.update(format="x"), "This is no plan"),
+        (lambda c: c.update(format="x"), "this is no plan"),
         (lambda c: c.update(version=99), "version 99"),
         (lambda c: c.update(kind="melt"), '"merge" or "prune"'),
         (lambda c: c.pop("model"), '"model" is missing'),
@@ -131,7 +131,7 @@ def test_router_groups_stay_equal_and_in_order(groups: list[list[int]]) -> None:
 
 
 def test_files_that_are_no_plan(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="There is no plan at"):
+    with pytest.raises(UsageError, match="there is no plan at"):
         read_plan(tmp_path / "none.json")
     path = tmp_path / "plan.json"
     path.write_text("{")

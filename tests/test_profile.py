@@ -202,7 +202,7 @@ class TestRefusals:
             self.profile + replace(self.profile, model={"config_sha256": "y"})
 
     def test_only_one_has_a_part(self) -> None:
-        with pytest.raises(UsageError, match="Only one of the two profiles has outputs sums"):
+        with pytest.raises(UsageError, match="only one of the two profiles has outputs sums"):
             self.profile + replace(self.profile, outputs=outputs(0))
         with pytest.raises(UsageError, match="has vocabulary sums"):
             self.profile + replace(self.profile, vocabulary=None)

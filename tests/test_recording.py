@@ -162,7 +162,7 @@ class TestTrace:
         for option in ("batch_size", "sequence_length", "sample_size", "shard_tokens"):
             with pytest.raises(UsageError, match="must be at least 1"):
                 record_trace(router, CORPUS, tmp_path / "run", **cast("Any", {option: 0}))
-        with pytest.raises(CaptureError, match="None of the 2 prompts"):
+        with pytest.raises(CaptureError, match="none of the 2 prompts"):
             record_trace(router, Corpus("c", (Prompt(""), Prompt("  "))), tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
@@ -172,7 +172,7 @@ class TestTrace:
         gate.weight = gate.weight * float("nan")
         with (
             ExpertRouter(model, router.tokenizer, config) as broken,
-            pytest.raises(CaptureError, match="Layer 1 gives expert_weights"),
+            pytest.raises(CaptureError, match="layer 1 gives expert_weights"),
         ):
             record_trace(broken, CORPUS, tmp_path)
 
@@ -228,7 +228,7 @@ class TestInterruption:
         assert weights_sha256(other) != weights_sha256(router.path or Path())
         with (
             ExpertRouter.from_pretrained(other) as changed,
-            pytest.raises(UsageError, match=r"another model \(weights_sha256"),
+            pytest.raises(UsageError, match=r"another model \(weights"),
         ):
             record_trace(changed, CORPUS, whole, shard_tokens=12, batch_size=2)
         with pytest.raises(UsageError, match=r"other settings \(batch_size: 2 -> 3\)"):
@@ -329,7 +329,7 @@ class TestProfile:
         assert profile.block_tokens[:2].sum() == profile.num_tokens
 
     def test_nothing_recorded(self, router: ExpertRouter) -> None:
-        with pytest.raises(CaptureError, match="No token"):
+        with pytest.raises(CaptureError, match="no token"):
             ProfileRecorder(8).profile()
 
 

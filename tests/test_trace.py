@@ -306,7 +306,7 @@ class TestWriting:
     def test_one_writer_at_a_time(self, tmp_path: Path, routes: Routes) -> None:
         with (
             writer(tmp_path, routes),
-            pytest.raises(MoeLensError, match="Another process"),
+            pytest.raises(MoeLensError, match="another process"),
             writer(tmp_path, routes),
         ):
             pass

@@ -51,4 +51,4 @@ def _counts_of_profile(profile: Profile, label: str | None) -> tuple[NDArray[np.
 def _refuse_label(label: str | None, names: tuple[str, ...]) -> None:
     if label is not None and label not in names:
         have = f"the labels are {', '.join(names)}" if names else "these prompts have no labels"
-        raise UsageError(f"No prompt has the label {label!r}; {have}.")
+        raise UsageError(f"no prompt has the label {label!r}; {have}")

@@ -215,7 +215,7 @@ def layer_expert(source: Trace | Profile | Routes, label: str | None = None) -> 
     """
     counts, tokens, prompts = routed_counts(source, label)
     if tokens == 0:
-        raise CaptureError("There are no tokens to show; record a prompt or corpus with text.")
+        raise CaptureError("there are no tokens to show; record a prompt or corpus with text")
     width = source.router_width
     # From the counts, not from k, so that it is right where layers differ in k.
     uniform = 100.0 * counts.sum(axis=1) / tokens / width
@@ -266,8 +266,8 @@ def _part(routes: Routes, start: int, stop: int | None) -> Routes:
     end = len(routes) if stop is None else min(stop, len(routes))
     if not 0 <= start < end:
         raise UsageError(
-            f"Tokens {start} to {end} cannot be shown; the prompt has {len(routes)} tokens, "
-            "numbered from 0."
+            f"tokens {start} to {end} cannot be shown; the prompt has {len(routes)} tokens, "
+            "numbered from 0"
         )
     return routes.rows(start, end)
 

@@ -30,7 +30,7 @@ def assemble(folder: Path, config: dict[str, Any], parameters: dict[str, mx.arra
     if config.get("model_file"):
         raise UnsupportedModelError(
             f"{folder} brings its own model code ({config['model_file']}); a plan for it cannot "
-            "be tried in memory. Give the experts per token (--experts-per-token)."
+            "be tried in memory, so give the experts per token (--experts-per-token)"
         )
     original, arguments = _get_classes(config)
     given = dict(parameters)

@@ -70,7 +70,7 @@ def calibrate(
         MoeLensError: An expert answers with NaN or infinity.
     """
     if router.overrides:
-        raise UsageError("Calibrate outside of `override`: it would measure another model.")
+        raise UsageError("calibrate outside of `override`: it would measure another model")
     drawn = corpus if sample_size is None else corpus.sample(sample_size, seed)
     tokens = drawn.tokenize(router.tokenizer, sequence_length, chat_template)
     identity = CorpusIdentity(
@@ -101,7 +101,7 @@ def collect(
     lengths = [len(ids) for ids in tokens]
     total = sum(lengths)
     if total == 0:
-        raise CaptureError("The calibration text has no tokens; give one with text in it.")
+        raise CaptureError("the calibration text has no tokens; give one with text in it")
     chosen = _sample(lengths, similarity_tokens, seed)
     done = 0
     for batch in plan_batches(range(len(tokens)), lengths, 64, batch_tokens(router)):
@@ -146,13 +146,13 @@ def identify(router: ExpertRouter) -> ModelIdentity:
     shapes = {(layer.num_experts, layer.router_width, layer.k) for layer in router.layers}
     if len(shapes) > 1:
         raise UnsupportedModelError(
-            "The layers of this model differ in their numbers of experts, which no single number "
-            "in a smaller config.json can describe; it cannot be compressed."
+            "the layers of this model differ in their numbers of experts, which no single number "
+            "in a smaller config.json can describe; it cannot be compressed"
         )
     first = router.layers[0]
     reason = first.reason("mask")
     if reason is not None:
-        raise UnsupportedModelError(f"{router.info.model_type} cannot be compressed: {reason}.")
+        raise UnsupportedModelError(f"{router.info.model_type} cannot be compressed: {reason}")
     groups = first.groups
     return ModelIdentity(
         name=public_name(router.name),
@@ -174,9 +174,9 @@ def _check_finite(layers: Sequence[LayerStatistics]) -> None:
         broken = np.flatnonzero(~np.isfinite(found.weighted_norm_sums + found.norm_sums))
         if len(broken):
             raise MoeLensError(
-                f"Expert {broken[0]} of layer {found.layer} answers with NaN or infinity, so "
+                f"expert {broken[0]} of layer {found.layer} answers with NaN or infinity, so "
                 "nothing can be said about it; its weights are damaged: download or convert the "
-                "model again."
+                "model again"
             )
 
 
@@ -186,5 +186,5 @@ def _check_values(layers: Sequence[MoELayer], values: frozenset[str]) -> None:
             reason = layer.reason(name)
             if reason is not None:
                 raise UnsupportedModelError(
-                    f"Layer {layer.index} cannot show {name}, which calibration needs: {reason}."
+                    f"layer {layer.index} cannot show {name}, which calibration needs: {reason}"
                 )

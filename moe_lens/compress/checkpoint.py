@@ -125,8 +125,8 @@ def write_checkpoint(
         write_shards(folder, tensors, size.parameters, shard_bytes=shard_bytes, written=written)
     except (RuntimeError, ValueError) as error:
         raise MoeLensError(
-            f"The weights of {parent.path} cannot be read or converted ({error}); check that the "
-            "download is complete."
+            f"the weights of {parent.path} cannot be read or converted ({error}); check that the "
+            "download is complete"
         ) from error
     save_config(copy.deepcopy(config), folder / "config.json", keep_vision_config=True)
     copy_small_files(parent.path, folder, say)
@@ -137,8 +137,8 @@ def check_fingerprint(parent: Parent, plan: Plan) -> None:
     """Raise UsageError unless the plan was made from this very checkpoint."""
     if plan.model.fingerprint and plan.model.fingerprint != fingerprint_folder(parent.path):
         raise UsageError(
-            f"The plan was made from another checkpoint than {parent.path} (their fingerprints "
-            f"differ; the plan names {plan.model.name}); make a plan for this one."
+            f"the plan was made from another checkpoint than {parent.path} (their fingerprints "
+            f"differ; the plan names {plan.model.name}); make a plan for this one"
         )
 
 

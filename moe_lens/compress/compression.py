@@ -140,7 +140,7 @@ def compress(
     """
     from moe_lens.router import ExpertRouter
 
-    _check(threshold, ratio, method, output, dry_run)
+    _check(threshold, ratio, method, experts_per_token, output, dry_run)
     source = resolve(name, revision)
     folder = None if output is None else Path(output).expanduser().absolute()
     if folder is not None and not dry_run:
@@ -226,22 +226,25 @@ def _check(
     threshold: float | None,
     ratio: float | None,
     method: str,
+    experts_per_token: int | None,
     output: str | Path | None,
     dry_run: bool,
 ) -> None:
     if (threshold is None) == (ratio is None):
         raise UsageError(
-            "Give either a threshold (--threshold 0.8 merges similar experts) or a ratio "
-            "(--ratio 0.25 removes a quarter of them)."
+            "give either a threshold (--threshold 0.8 merges similar experts) or a ratio "
+            "(--ratio 0.25 removes a quarter of them)"
         )
     if threshold is not None and not 0.0 < threshold <= 1.0:
-        raise UsageError(f"The threshold is {threshold:g}; it must be above 0 and at most 1.")
+        raise UsageError(f"the threshold is {threshold:g}; it must be above 0 and at most 1")
     if ratio is not None and not 0.0 < ratio < 1.0:
-        raise UsageError(f"The ratio is {ratio:g}; it must lie between 0 and 1.")
+        raise UsageError(f"the ratio is {ratio:g}; it must lie between 0 and 1")
     if method not in METHODS:
-        raise UsageError(f"There is no method {method!r}; choose one of {', '.join(METHODS)}.")
+        raise UsageError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
+    if experts_per_token is not None and experts_per_token < 1:
+        raise UsageError(f"the experts per token are {experts_per_token}; a token needs at least 1")
     if output is None and not dry_run:
-        raise UsageError("Give an output folder (--output DIR), or --dry-run to see the plan only.")
+        raise UsageError("give an output folder (--output DIR), or --dry-run to see the plan only")
 
 
 def _texts(

@@ -42,7 +42,7 @@ def smaller_config(parent: Parent, plan: Plan) -> dict[str, Any]:
     if parent.experts_key not in changed:
         raise MoeLensError(
             f"config.json of {parent.path} does not say {parent.experts_key} = "
-            f"{model.num_experts}, although the weights do; it cannot be changed safely."
+            f"{model.num_experts}, although the weights do; it cannot be changed safely"
         )
     if plan.experts_per_token != model.experts_per_token:
         _change_k(config, parent, plan)

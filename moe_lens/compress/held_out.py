@@ -21,15 +21,15 @@ def check_held_out(calibration: Corpus, evaluation: Corpus) -> None:
     """
     if calibration.fingerprint == evaluation.fingerprint:
         raise UsageError(
-            f"The text for evaluation ({evaluation.name}) is the text that calibrates; a loss "
-            f"measured on it would be too good: {REMEDY}."
+            f"the text for evaluation ({evaluation.name}) is the text that calibrates; a loss "
+            f"measured on it would be too good: {REMEDY}"
         )
     shared = _shared(calibration, evaluation)
     if shared:
         raise UsageError(
             f"{shared} of {len(evaluation.prompts)} prompts for evaluation ({evaluation.name}) "
             f"also stand in the calibration text ({calibration.name}); a loss measured on them "
-            f"would be too good: {REMEDY}, or take them out."
+            f"would be too good: {REMEDY}, or take them out"
         )
 
 

@@ -55,11 +55,11 @@ class Limits:
         if k < self.model.smallest_k:
             raise UsageError(
                 f"{self.model.model_type} cannot run with {k} experts per token; "
-                f"give at least {self.model.smallest_k}."
+                f"give at least {self.model.smallest_k}"
             )
         if k > self.largest_k(num_experts):
             raise UsageError(
-                f"{num_experts} experts would remain, of which a token could use at most "
-                f"{self.largest_k(num_experts)}, but {k} are used per token; remove fewer "
-                "experts or ask for fewer experts per token."
+                f"a layer would keep {num_experts} of its experts, of which a token could use at "
+                f"most {self.largest_k(num_experts)}, but {k} are used per token; remove fewer "
+                "experts or ask for fewer experts per token"
             )

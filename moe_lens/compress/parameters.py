@@ -55,8 +55,8 @@ def check_fits(parent: Parent, plan: Plan) -> None:
     planned = {layer.layer for layer in plan.layers}
     if routed != planned:
         raise UsageError(
-            f"The plan is for the layers {sorted(planned)}, but this model routes in "
-            f"{sorted(routed)}; make a plan for this model."
+            f"the plan is for the layers {sorted(planned)}, but this model routes in "
+            f"{sorted(routed)}; make a plan for this model"
         )
     shapes = {name: value.shape for name, value in _arrays(parent)}
     for layer in parent.layers:
@@ -66,8 +66,8 @@ def check_fits(parent: Parent, plan: Plan) -> None:
         for name, rows in expected:
             if shapes[name][:1] != (rows,):
                 raise UsageError(
-                    f"The plan is for a model with {rows} rows in {name}, this one has "
-                    f"{shapes[name][0]}; make a plan for this model."
+                    f"the plan is for a model with {rows} rows in {name}, this one has "
+                    f"{shapes[name][0]}; make a plan for this model"
                 )
 
 
@@ -128,8 +128,8 @@ def _list(
                 packed = parent.quantisations.get(paths[0])
                 if any(parent.quantisations.get(path) != packed for path in paths):
                     raise UsageError(
-                        f"Experts {group.experts} of layer {layer.layer} are quantised in "
-                        "different ways and cannot be merged; remove experts instead (--ratio)."
+                        f"experts {group.experts} of layer {layer.layer} are quantised in "
+                        "different ways and cannot be merged; remove experts instead (--ratio)"
                     )
                 new = merge_members(members, group.weights, packed)
             for leaf, value in new.items():

@@ -35,25 +35,25 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UsageError(f"There is no plan at {path}.") from error
+        raise UsageError(f"there is no plan at {path}") from error
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as a plan: {error}.") from error
+        raise UsageError(f"{path} cannot be read as a plan: {error}") from error
     if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no plan: it must be a JSON object.")
+        raise UsageError(f"{path} holds no plan: it must be a JSON object")
     return content
 
 
 def _plan(content: dict[str, Any]) -> Plan:
     if content.get("format") != FORMAT:
-        raise UsageError(f'This is no plan: "format" must be "{FORMAT}".')
+        raise UsageError(f'this is no plan: "format" must be "{FORMAT}"')
     if content.get("version") != VERSION:
         raise UsageError(
-            f"The plan has version {content.get('version')!r}, this moe-lens reads {VERSION}; "
-            "make the plan again."
+            f"the plan has version {content.get('version')!r}, this moe-lens reads {VERSION}; "
+            "make the plan again"
         )
     kind = _take(content, "kind", str, "plan")
     if kind not in ("merge", "prune"):
-        raise UsageError(f'"kind" is {kind!r}; it must be "merge" or "prune".')
+        raise UsageError(f'"kind" is {kind!r}; it must be "merge" or "prune"')
     model = _identity(ModelIdentity, _take(content, "model", dict, "plan"), "model")
     layers = _take(content, "layers", list, "plan")
     plan = Plan(
@@ -74,13 +74,13 @@ def _identity(cls: Any, content: dict[str, Any], place: str) -> Any:
     try:
         return cls(**content)
     except TypeError as error:
-        raise UsageError(f'"{place}" of the plan is incomplete: {error}.') from error
+        raise UsageError(f'"{place}" of the plan is incomplete: {error}') from error
 
 
 def _layer(content: Any, number: int) -> LayerPlan:
     place = f"layers[{number}]"
     if not isinstance(content, dict):
-        raise UsageError(f"{place} of the plan must be an object.")
+        raise UsageError(f"{place} of the plan must be an object")
     index = _integer(content, "layer", place)
     groups = _take(content, "groups", list, place)
     saliency = content.get("saliency")
@@ -95,43 +95,43 @@ def _layer(content: Any, number: int) -> LayerPlan:
 
 def _group(content: Any, place: str) -> ExpertGroup:
     if not isinstance(content, dict):
-        raise UsageError(f"{place} of the plan must be an object.")
+        raise UsageError(f"{place} of the plan must be an object")
     experts = tuple(_ids(content.get("experts"), f'{place}, "experts"'))
     if not experts:
-        raise UsageError(f"{place} of the plan has no experts.")
+        raise UsageError(f"{place} of the plan has no experts")
     weights = content.get("weights", [1.0] if len(experts) == 1 else None)
     if not isinstance(weights, list) or len(weights) != len(experts):
-        raise UsageError(f'{place} of the plan needs one of "weights" for each of "experts".')
+        raise UsageError(f'{place} of the plan needs one of "weights" for each of "experts"')
     numbers = tuple(_weight(weight, place) for weight in weights)
     if not math.isclose(sum(numbers), 1.0, abs_tol=1e-6):
-        raise UsageError(f'{place} of the plan: "weights" must add up to 1, not {sum(numbers):g}.')
+        raise UsageError(f'{place} of the plan: "weights" must add up to 1, not {sum(numbers):g}')
     evidence = ("similarity", "output_similarity", "activation_overlap")
     return ExpertGroup(experts, numbers, **{name: content.get(name) for name in evidence})
 
 
 def _weight(value: Any, place: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise UsageError(f'{place} of the plan: {value!r} in "weights" is no share of 0 or more.')
+        raise UsageError(f'{place} of the plan: {value!r} in "weights" is no share of 0 or more')
     return float(value)
 
 
 def _ids(value: Any, place: str) -> list[int]:
     if not isinstance(value, list) or any(type(item) is not int for item in value):
-        raise UsageError(f"{place} of the plan must be a list of expert ids.")
+        raise UsageError(f"{place} of the plan must be a list of expert ids")
     return value
 
 
 def _take(content: dict[str, Any], key: str, kind: type, place: str) -> Any:
     value = content.get(key)
     if not isinstance(value, kind):
-        raise UsageError(f'"{key}" is missing in {place} of the plan, or of the wrong kind.')
+        raise UsageError(f'"{key}" is missing in {place} of the plan, or of the wrong kind')
     return value
 
 
 def _integer(content: dict[str, Any], key: str, place: str) -> int:
     value = content.get(key)
     if type(value) is not int:
-        raise UsageError(f'"{key}" is missing in {place} of the plan, or no whole number.')
+        raise UsageError(f'"{key}" is missing in {place} of the plan, or no whole number')
     return value
 
 
@@ -139,24 +139,24 @@ def validate(plan: Plan) -> None:
     """Raise UsageError unless the plan can be applied to the model it names."""
     model = plan.model
     if not plan.layers:
-        raise UsageError("The plan has no layers.")
+        raise UsageError("the plan has no layers")
     if len({layer.layer for layer in plan.layers}) != len(plan.layers):
-        raise UsageError("The plan names a layer twice.")
+        raise UsageError("the plan names a layer twice")
     for layer in plan.layers:
         _check_experts(layer, model.num_experts)
         if len(layer.groups) != plan.num_experts:
             raise UsageError(
-                f"Layer {layer.layer} of the plan keeps {len(layer.groups)} experts, but "
+                f"layer {layer.layer} of the plan keeps {len(layer.groups)} experts, but "
                 f'"num_experts" is {plan.num_experts}: stock mlx-lm takes one number of experts '
-                "for all layers."
+                "for all layers"
             )
         if model.group_count > 1:
             _check_router_groups(layer, plan)
     limits = Limits(model)
     if plan.num_experts < limits.smallest_group * model.group_count:
         raise UsageError(
-            f"The plan keeps {plan.num_experts} experts; {model.model_type} needs at least "
-            f"{limits.smallest_group * model.group_count}."
+            f"the plan keeps {plan.num_experts} experts; {model.model_type} needs at least "
+            f"{limits.smallest_group * model.group_count}"
         )
     limits.check_k(plan.experts_per_token, plan.num_experts)
 
@@ -166,17 +166,17 @@ def _check_experts(layer: LayerPlan, num_experts: int) -> None:
     outside = [expert for expert in found if not 0 <= expert < num_experts]
     if outside:
         raise UsageError(
-            f"Layer {layer.layer} of the plan names expert {outside[0]}; the model has experts 0 "
-            f"to {num_experts - 1}."
+            f"layer {layer.layer} of the plan names expert {outside[0]}; the model has experts 0 "
+            f"to {num_experts - 1}"
         )
     twice = sorted({expert for expert in found if found.count(expert) > 1})
     if twice:
-        raise UsageError(f"Layer {layer.layer} of the plan names expert {twice[0]} twice.")
+        raise UsageError(f"layer {layer.layer} of the plan names expert {twice[0]} twice")
     missing = sorted(set(range(num_experts)) - set(found))
     if missing:
         raise UsageError(
-            f"Layer {layer.layer} of the plan says nothing about expert {missing[0]}; put it into "
-            'a group or into "removed".'
+            f"layer {layer.layer} of the plan says nothing about expert {missing[0]}; put it into "
+            'a group or into "removed"'
         )
 
 
@@ -193,7 +193,7 @@ def _check_router_groups(layer: LayerPlan, plan: Plan) -> None:
     ]
     if rest or found != wanted or mixed:
         raise UsageError(
-            f"Layer {layer.layer} of the plan does not keep the same number of experts in each of "
+            f"layer {layer.layer} of the plan does not keep the same number of experts in each of "
             f"the router's {model.group_count} groups of {model.group_size} neighbours, in order, "
-            "each made of experts of one group; its routing would mean something else."
+            "each made of experts of one group; its routing would mean something else"
         )

@@ -54,7 +54,7 @@ def plan_merge(
         NothingToMergeError: No layer, or not every layer, has a pair that reaches the threshold.
     """
     if not 0.0 < threshold <= 1.0:
-        raise UsageError(f"The threshold is {threshold:g}; it must be above 0 and at most 1.")
+        raise UsageError(f"the threshold is {threshold:g}; it must be above 0 and at most 1")
     model, limits = calibration.model, Limits(calibration.model)
     similarities = [similarity(layer) for layer in calibration.layers]
     router_groups = model.router_groups()
@@ -204,9 +204,9 @@ def plan_prune(
             experts per token need; or there is no such method.
     """
     if not 0.0 < ratio < 1.0:
-        raise UsageError(f"The ratio is {ratio:g}; it must lie between 0 and 1.")
+        raise UsageError(f"the ratio is {ratio:g}; it must lie between 0 and 1")
     if method not in METHODS:
-        raise UsageError(f"There is no method {method!r}; choose one of {', '.join(METHODS)}.")
+        raise UsageError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
     model, limits = calibration.model, Limits(calibration.model)
     fewer = math.floor(model.group_size * ratio + 1e-9)
     if fewer == 0:

@@ -37,7 +37,7 @@ def saliency(statistics: LayerStatistics, method: str, tokens: int) -> NDArray[n
     if method == "frequency":
         return statistics.counts / max(1, tokens)
     if method != "reap":
-        raise UsageError(f"There is no method {method!r}; choose one of {', '.join(METHODS)}.")
+        raise UsageError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
     unknown = np.full(statistics.num_experts, np.nan)
     reached = statistics.counts > 0
     return np.divide(statistics.weighted_norm_sums, statistics.counts, out=unknown, where=reached)

@@ -28,22 +28,32 @@ def check_output(output: Path, source: Path, *, force: bool) -> None:
     place, origin = output.resolve(), source.resolve()
     if place == origin or origin in place.parents or place in origin.parents:
         raise UsageError(
-            f"{output} is the model that is read, or inside it, or around it; give another folder."
+            f"{output} is the model that is read, or inside it, or around it; give another folder"
         )
     if not output.exists() and not output.is_symlink():
+        _check_parent(output)
         return
     if not output.is_dir() or output.is_symlink():
-        raise UsageError(f"{output} is no plain folder; give another --output.")
+        raise UsageError(f"{output} is no plain folder; give another --output")
     if not force:
         raise UsageError(
             f"{output} exists; give another --output, or --force to replace it when the new model "
-            "is complete."
+            "is complete"
         )
     if any(output.iterdir()) and not (output / "config.json").is_file():
         raise UsageError(
             f"{output} holds something that is no model (no config.json), so --force does not "
-            "replace it; give another --output."
+            "replace it; give another --output"
         )
+
+
+def _check_parent(output: Path) -> None:
+    """Find out before hours of calibration that `output` cannot be made."""
+    place = next(parent for parent in output.parents if parent.exists())
+    if not place.is_dir():
+        raise UsageError(f"{place} is a file, so {output} cannot be made; give another --output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UsageError(f"you may not write in {place}; give another --output")
 
 
 def check_space(output: Path, needed: int) -> None:
@@ -54,8 +64,8 @@ def check_space(output: Path, needed: int) -> None:
     free = shutil.disk_usage(place).free
     if free < needed + _MARGIN:
         raise MoeLensError(
-            f"The smaller model takes {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB "
-            "free; make room or give another --output."
+            f"the smaller model takes {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB "
+            "free; make room or give another --output"
         )
 
 
@@ -72,7 +82,7 @@ def staged(output: Path, *, force: bool = False, say: Say | None = None) -> Iter
         MoeLensError: The disk refuses (full, read-only, no permission).
     """
     if output.exists() and not force:
-        raise UsageError(f"{output} exists; give another folder, or force to replace it.")
+        raise UsageError(f"{output} exists; give another folder, or force to replace it")
     partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +93,8 @@ def staged(output: Path, *, force: bool = False, say: Say | None = None) -> Iter
         _take_name(partial, output)
     except OSError as error:
         raise MoeLensError(
-            f"{output} could not be written ({error.strerror or error}); nothing is left there. "
-            "Make room or give another --output."
+            f"{output} could not be written ({error.strerror or error}); nothing is left there; "
+            "make room or give another --output"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -120,8 +130,8 @@ def _remove_stale(output: Path, say: Say | None) -> None:
         else:
             folder.rename(output)
             raise MoeLensError(
-                f"A run was killed while it replaced {output}; the old model is back in its "
-                "place. Run again to replace it."
+                f"a run was killed while it replaced {output}; the old model is back in its "
+                "place, run again to replace it"
             )
     for folder in _left_behind(output, "partial"):
         shutil.rmtree(folder, ignore_errors=True)

@@ -69,7 +69,7 @@ class LayerStatistics:
     def __add__(self, other: LayerStatistics) -> LayerStatistics:
         """The statistics of both texts together."""
         if self.layer != other.layer or self.num_experts != other.num_experts:
-            raise UsageError("Statistics of different layers or models cannot be added.")
+            raise UsageError("statistics of different layers or models cannot be added")
         return LayerStatistics(
             layer=self.layer,
             counts=self.counts + other.counts,
@@ -101,7 +101,7 @@ class Calibration:
         for statistics in self.layers:
             if statistics.layer == index:
                 return statistics
-        raise UsageError(f"Layer {index} has no routed experts in {self.model.name}.")
+        raise UsageError(f"layer {index} has no routed experts in {self.model.name}")
 
     def unreached(self) -> dict[int, tuple[int, ...]]:
         """Layer -> experts that no calibration token was routed to; layers without any left out."""
@@ -112,8 +112,8 @@ class Calibration:
         """The calibration on both texts; the models must be the same."""
         if self.model.fingerprint != other.model.fingerprint:
             raise UsageError(
-                f"Calibrations of two models ({self.model.name}, {other.model.name}) "
-                "cannot be added; calibrate both texts on the same checkpoint."
+                f"calibrations of two models ({self.model.name}, {other.model.name}) "
+                "cannot be added; calibrate both texts on the same checkpoint"
             )
         layers = tuple(a + b for a, b in zip(self.layers, other.layers, strict=True))
         return Calibration(self.model, self.corpus + other.corpus, layers)

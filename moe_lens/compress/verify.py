@@ -63,8 +63,8 @@ def verify(
     tokens = drawn.tokenize(before.tokenizer, sequence_length, chat_template)
     if not any(len(ids) > 1 for ids in tokens):
         raise CaptureError(
-            f"No prompt of {corpus.name} has two tokens, so there is nothing to predict; give "
-            "longer text."
+            f"no prompt of {corpus.name} has two tokens, so there is nothing to predict; give "
+            "longer text"
         )
     vocabulary = _vocabulary(before, after)
     found = compare(before.forward, [after.forward], tokens, vocabulary, progress)[0]
@@ -140,7 +140,7 @@ def _vocabulary(before: ExpertRouter, after: ExpertRouter) -> int:
     if first != second:
         raise UsageError(
             f"{after.name} has a vocabulary of {second} tokens and {before.name} one of {first}; "
-            "only a model and its smaller version can be compared."
+            "only a model and its smaller version can be compared"
         )
     return int(first)
 

@@ -42,15 +42,15 @@ def read_corpus(source: Corpus | str | os.PathLike[str]) -> Corpus:
         return _read_folder(path)
     if not path.exists():
         raise UsageError(
-            f"There is no corpus {str(source)!r}; give a text file, a JSONL file, a folder of text "
-            "files, or 'demo'."
+            f"there is no corpus {str(source)!r}; give a text file, a JSONL file, a folder of text "
+            "files, or 'demo'"
         )
     if path.suffix.lower() in JSONL_SUFFIXES:
         return _read_jsonl(path, str(source))
     if path.suffix.lower() == ".json":
         raise UsageError(
             f"{path} is a JSON document, not JSONL; write one JSON object per line into a .jsonl "
-            "file (for a list: jq -c '.[]' in.json > out.jsonl)."
+            "file (for a list: jq -c '.[]' in.json > out.jsonl)"
         )
     return _read_lines(path)
 
@@ -61,8 +61,8 @@ def _read_demo(name: str) -> Corpus:
     path = demo.evaluation_path() if name == "demo:evaluation" else demo.calibration_path()
     if not path.exists():
         raise MoeLensError(
-            f"The bundled corpus {name!r} is missing from this installation; install moe-lens "
-            "again, or make it with python -m moe_lens.demo.train."
+            f"the bundled corpus {name!r} is missing from this installation; install moe-lens "
+            "again, or make it with python -m moe_lens.demo.train"
         )
     return _read_jsonl(path, name)
 
@@ -71,7 +71,7 @@ def _read_lines(path: Path) -> Corpus:
     lines = _lines(_read_text(path))
     prompts = tuple(Prompt(text=line) for line in lines if line.strip())
     if not prompts:
-        raise MoeLensError(f"{path} holds no prompt; write one prompt per line.")
+        raise MoeLensError(f"{path} holds no prompt; write one prompt per line")
     # The last line ends in a newline, after which nothing is missing.
     blank = len(lines) - len(prompts) - (1 if lines[-1] == "" else 0)
     notes = (f"{blank} blank lines of {path} hold no prompt.",) if blank else ()
@@ -87,7 +87,7 @@ def _read_jsonl(path: Path, name: str) -> Corpus:
     )
     if not prompts:
         raise MoeLensError(
-            f'{path} is empty; write one JSON object per line, such as {{"text": "..."}}.'
+            f'{path} is empty; write one JSON object per line, such as {{"text": "..."}}'
         )
     return Corpus(name=name, prompts=prompts)
 
@@ -98,16 +98,16 @@ def _read_folder(folder: Path) -> Corpus:
         if path.suffix.lower() in JSONL_SUFFIXES:
             raise UsageError(
                 f"{path} is a JSONL file inside a folder, where every file is one prompt; give "
-                "that file itself as the corpus, or move it out of the folder."
+                "that file itself as the corpus, or move it out of the folder"
             )
         label = path.parent.relative_to(folder).as_posix()
         prompts.append(Prompt(text=_read_text(path), label=None if label == "." else label))
     if not prompts:
         raise MoeLensError(
-            f"The folder {folder} holds no files; put text files into it, each of them one prompt."
+            f"the folder {folder} holds no files; put text files into it, each of them one prompt"
         )
     if not any((prompt.text or "").strip() for prompt in prompts):
-        raise MoeLensError(f"All {len(prompts)} files in {folder} are empty; write text into them.")
+        raise MoeLensError(f"all {len(prompts)} files in {folder} are empty; write text into them")
     return Corpus(name=str(folder), prompts=tuple(prompts))
 
 
@@ -122,10 +122,10 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise MoeLensError(f"{path} cannot be read: {error.strerror}.") from error
+        raise MoeLensError(f"{path} cannot be read: {error.strerror}") from error
     if b"\0" in data and not data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise MoeLensError(
-            f"{path} is a binary file, not text; convert it to UTF-8 text or leave it out."
+            f"{path} is a binary file, not text; convert it to UTF-8 text or leave it out"
         )
     try:
         return data.decode("utf-8-sig")
@@ -133,7 +133,7 @@ def _read_text(path: Path) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         raise MoeLensError(
             f"{path} is not UTF-8: byte 0x{data[error.start]:02x} in line {line} does not decode; "
-            "convert it, for example with iconv -f latin1 -t utf-8."
+            "convert it, for example with iconv -f latin1 -t utf-8"
         ) from error
 
 
@@ -150,12 +150,12 @@ def _read_record(line: str, where: str) -> Prompt:
         column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise MoeLensError(
             f"{where[0].upper()}{where[1:]} is not JSON ({reason}{column}); write one JSON object "
-            "per line."
+            "per line"
         ) from error
     if not isinstance(record, dict):
         raise MoeLensError(
             f"{where[0].upper()}{where[1:]} is not a JSON object; write one such as "
-            '{"text": "...", "label": "..."}.'
+            '{"text": "...", "label": "..."}'
         )
     _refuse_lone_surrogates(record, where)
     label = _read_label(record, where)
@@ -165,7 +165,7 @@ def _read_record(line: str, where: str) -> Prompt:
     fields = ", ".join(map(repr, record)) or "none"
     raise MoeLensError(
         f"{where[0].upper()}{where[1:]} has none of the fields text, prompt and messages (found: "
-        f"{fields}); rename the field that holds the prompt."
+        f"{fields}); rename the field that holds the prompt"
     )
 
 
@@ -173,7 +173,7 @@ def _read_field(name: str, value: Any, label: str | None, where: str) -> Prompt:
     if name == "messages":
         return Prompt(text=None, messages=_read_messages(value, where), label=label)
     if not isinstance(value, str):
-        raise MoeLensError(f"The field {name!r} in {where} is {_kind(value)}; it must be a string.")
+        raise MoeLensError(f"the field {name!r} in {where} is {_kind(value)}; it must be a string")
     return Prompt(text=value, label=label)
 
 
@@ -185,8 +185,8 @@ def _read_messages(value: Any, where: str) -> tuple[dict[str, Any], ...]:
     )
     if not well_formed:
         raise MoeLensError(
-            f"The field 'messages' in {where} is not a list of messages; write it as "
-            '[{"role": "user", "content": "..."}].'
+            f"the field 'messages' in {where} is not a list of messages; write it as "
+            '[{"role": "user", "content": "..."}]'
         )
     return tuple(value)
 
@@ -197,7 +197,7 @@ def _read_label(record: dict[str, Any], where: str) -> str | None:
         return label
     if isinstance(label, int | float):
         return json.dumps(label)
-    raise MoeLensError(f"The label in {where} is {_kind(label)}; it must be a string or a number.")
+    raise MoeLensError(f"the label in {where} is {_kind(label)}; it must be a string or a number")
 
 
 def _kind(value: Any) -> str:
@@ -212,6 +212,6 @@ def _refuse_lone_surrogates(record: dict[str, Any], where: str) -> None:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise MoeLensError(
-            f"The text in {where} holds half of a surrogate pair, which is no character; remove "
-            "the lone \\ud8xx escape."
+            f"the text in {where} holds half of a surrogate pair, which is no character; remove "
+            "the lone \\ud8xx escape"
         ) from error

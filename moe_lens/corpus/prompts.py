@@ -89,7 +89,7 @@ class Corpus:
             UsageError: ``size`` is below 1.
         """
         if size < 1:
-            raise UsageError(f"The sample size is {size}; it must be at least 1.")
+            raise UsageError(f"the sample size is {size}; it must be at least 1")
         if size >= len(self.prompts):
             return self
         drawn = sorted(range(len(self.prompts)), key=lambda index: _draw(seed, index))[:size]
@@ -125,7 +125,7 @@ class Corpus:
             MoeLensError: The chat template refuses a prompt.
         """
         if sequence_length is not None and sequence_length < 1:
-            raise UsageError(f"The sequence length is {sequence_length}; it must be at least 1.")
+            raise UsageError(f"the sequence length is {sequence_length}; it must be at least 1")
         tokens = []
         for number, prompt in enumerate(self.prompts, start=1):
             ids = _encode(prompt, number, tokenizer, chat_template)
@@ -149,8 +149,8 @@ def _encode(prompt: Prompt, number: int, tokenizer: Any, chat_template: bool) ->
 def _encode_chat(prompt: Prompt, number: int, tokenizer: Any) -> list[int]:
     if not _has_chat_template(tokenizer):
         raise UsageError(
-            f"Prompt {number} must go through a chat template, but the tokenizer of this model "
-            "has none; give plain `text` instead of `messages` and leave the chat template off."
+            f"prompt {number} must go through a chat template, but the tokenizer of this model "
+            "has none; give plain `text` instead of `messages` and leave the chat template off"
         )
     messages: Iterable[dict[str, Any]]
     messages = prompt.messages or ({"role": "user", "content": prompt.text or ""},)
@@ -161,8 +161,8 @@ def _encode_chat(prompt: Prompt, number: int, tokenizer: Any) -> list[int]:
         )
     except Exception as error:  # a template is a program of the model's author: anything can come
         raise MoeLensError(
-            f"The chat template of this model refuses prompt {number} ({error}); correct its "
-            "messages or give plain `text`."
+            f"the chat template of this model refuses prompt {number} ({error}); correct its "
+            "messages or give plain `text`"
         ) from error
     if hasattr(ids, "keys"):  # a bare transformers tokenizer answers with a dictionary
         ids = ids["input_ids"]

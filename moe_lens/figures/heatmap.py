@@ -76,8 +76,8 @@ def save_heatmap(
     kind = target.suffix.lower().removeprefix(".")
     if kind not in FORMATS:
         raise UsageError(
-            f"Pictures are written as {', '.join(FORMATS)}, not {target.suffix or 'no ending'!r}; "
-            f"name the file {target.stem}.png."
+            f"pictures are written as {', '.join(FORMATS)}, not {target.suffix or 'no ending'!r}; "
+            f"name the file {target.stem}.png"
         )
     pages = draw_heatmap(result, style=style, subtitle=subtitle)
     if len(pages) > 1 and kind != "pdf":
@@ -85,7 +85,7 @@ def save_heatmap(
         raise UsageError(
             f"{tokens} tokens do not fit into one readable picture; show "
             f"{math.ceil(tokens / len(pages))} of them at a time, or write a .pdf, which gets "
-            f"{len(pages)} pages."
+            f"{len(pages)} pages"
         )
     with replacing(target) as part:
         _write(pages, part, kind, dpi)

@@ -68,7 +68,7 @@ def style_named(name: str) -> Style:
         UsageError: There is no such style.
     """
     if name not in STYLES:
-        raise UsageError(f"There is no picture style {name!r}; choose from {', '.join(STYLES)}.")
+        raise UsageError(f"there is no picture style {name!r}; choose from {', '.join(STYLES)}")
     return STYLES[name]
 
 

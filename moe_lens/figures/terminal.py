@@ -81,12 +81,13 @@ class TerminalHeatmap:
         """The lines for a terminal of ``width`` columns."""
         if width < NARROWEST:
             raise UsageError(
-                f"A heat map needs a terminal of at least {NARROWEST} columns, this one has "
-                f"{width}; widen it, or write a picture with --output heatmap.png."
+                f"a heat map needs a terminal of at least {NARROWEST} columns, this one has "
+                f"{width}; widen it, or write a picture with --output heatmap.png"
             )
         grid = self.grid
         yield Text(grid.title, style="bold")
-        name_width = min(max(map(cell_len, grid.row_names)), LONGEST_NAME, width // 3)
+        names = [*grid.row_names, _singular(grid.column_word)]
+        name_width = min(max(map(cell_len, names)), LONGEST_NAME, width // 3)
         room = width - name_width - 1
         tenths = self._use_tenths(room)
         cell_width = 1 if tenths else grid.value_width + 1
@@ -224,7 +225,7 @@ def _row(
 def _header(grid: _Grid, start: int, stop: int, name_width: int, cell_width: int) -> Iterator[Text]:
     """Column numbers; upright, digit above digit, where a cell is one character wide."""
     names = [str(column) for column in grid.columns[start:stop]]
-    lead = _fit(grid.column_word.removesuffix("s").rjust(name_width), name_width) + " "
+    lead = _fit(_singular(grid.column_word).rjust(name_width), name_width) + " "
     if cell_width > 1:
         yield _line(lead + "".join(name.rjust(cell_width) for name in names))
         return
@@ -232,6 +233,10 @@ def _header(grid: _Grid, start: int, stop: int, name_width: int, cell_width: int
     for digits in zip(*(name.rjust(height) for name in names), strict=True):
         yield _line(lead + "".join(digits))
         lead = " " * len(lead)
+
+
+def _singular(word: str) -> str:
+    return word.removesuffix("s")
 
 
 def _line(text: str = "") -> Text:

@@ -114,7 +114,9 @@ class Capture:
                     self._check_slots(layer, value.shape[-1])
         # Held as they are: the model's own evaluation fills them, and what a decoded token
         # costs is this dictionary.
-        self._waiting.append(_Forward(forward.token_ids, forward.valid, forward.continues, values))
+        self._waiting.append(
+            _Forward(forward.token_ids, forward.shape, forward.valid, forward.continues, values)
+        )
         self._pending += forward.valid.size
         if self._pending >= _EVALUATE_TOKENS:
             self._join()
@@ -216,7 +218,7 @@ class Capture:
         if self._tokens is None:
             places = Places()
             placed = [
-                places.of(each.token_ids.shape, each.valid, continues=each.continues)
+                places.of(each.shape, each.valid, continues=each.continues)
                 for each in self._forwards
             ]
             ids = [np.array(each.token_ids).reshape(-1)[each.valid] for each in self._forwards]
@@ -233,6 +235,7 @@ class _Forward:
     """What a capture keeps of one forward; its values leave when forwards are joined."""
 
     token_ids: mx.array
+    shape: tuple[int, int]
     valid: np.ndarray
     continues: bool
     values: dict[tuple[str, int], mx.array]

@@ -67,19 +67,19 @@ def save_profile(profile: Profile, path: Path) -> None:
 def load_profile(path: Path) -> Profile:
     """Read a profile from ``path``; see `Profile.load`."""
     if not path.is_file():
-        raise UsageError(f"There is no profile {path}; save one with Profile.save.")
+        raise UsageError(f"there is no profile {path}; save one with Profile.save")
     try:
         with safe_open(path, framework="numpy") as file:
             header = json.loads((file.metadata() or {}).get("profile", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise MoeLensError(f"{path} is damaged ({error}); save the profile again.") from error
+        raise MoeLensError(f"{path} is damaged ({error}); save the profile again") from error
     if header.get("format") != FORMAT:
-        raise MoeLensError(f"{path} is no moe-lens profile; give a file that Profile.save wrote.")
+        raise MoeLensError(f"{path} is no moe-lens profile; give a file that Profile.save wrote")
     if header["version"] != VERSION:
         raise MoeLensError(
-            f"The profile {path} has format version {header['version']}, this moe-lens reads "
-            f"version {VERSION}; use the moe-lens that wrote it, or record it again."
+            f"the profile {path} has format version {header['version']}, this moe-lens reads "
+            f"version {VERSION}; use the moe-lens that wrote it, or record it again"
         )
     outputs = None
     if "outputs.norms" in tensors:

@@ -164,7 +164,7 @@ class Profile:
             part = cls.from_routes(routes, trace.labels, model=identity, vocabulary=vocabulary)
             total = part if total is None else total + part
         if total is None:
-            raise CaptureError(f"The trace {trace.path} has no tokens; record it again.")
+            raise CaptureError(f"the trace {trace.path} has no tokens; record it again")
         return total
 
     def __add__(self, other: Profile) -> Profile:
@@ -234,8 +234,8 @@ class Profile:
     def _check_addable(self, other: Profile) -> None:
         if (self.layers, self.router_width) != (other.layers, other.router_width):
             raise UsageError(
-                f"Profiles of different models cannot be added: {len(self.layers)} MoE layers of "
-                f"{self.router_width} experts and {len(other.layers)} of {other.router_width}."
+                f"profiles of different models cannot be added: {len(self.layers)} MoE layers of "
+                f"{self.router_width} experts and {len(other.layers)} of {other.router_width}"
             )
         differing = [
             key
@@ -244,14 +244,14 @@ class Profile:
         ]
         if differing:
             raise UsageError(
-                f"Profiles of different models cannot be added: they differ in {differing[0]}; "
-                "profile both corpora with the same model."
+                f"profiles of different models cannot be added: they differ in {differing[0]}; "
+                "profile both corpora with the same model"
             )
         for name in ("vocabulary", "outputs"):
             if (getattr(self, name) is None) != (getattr(other, name) is None):
                 raise UsageError(
-                    f"Only one of the two profiles has {name} sums; record both with the same "
-                    "settings."
+                    f"only one of the two profiles has {name} sums; record both with the same "
+                    "settings"
                 )
 
 

@@ -65,7 +65,7 @@ class Job:
         """
         for name, value in (("batch size", batch_size), ("sequence length", sequence_length)):
             if value is not None and value < 1:
-                raise UsageError(f"The {name} is {value}; it must be at least 1.")
+                raise UsageError(f"the {name} is {value}; it must be at least 1")
         corpus = read_corpus(source)
         if sample_size is not None:
             corpus = corpus.sample(sample_size, seed)
@@ -75,8 +75,8 @@ class Job:
         tokens = tuple(np.asarray(prompt[:sequence_length], dtype=np.int32) for prompt in ids)
         if not any(map(len, tokens)):
             raise CaptureError(
-                f"None of the {len(tokens)} prompts of {corpus.name} has any token; give prompts "
-                "with text in them."
+                f"none of the {len(tokens)} prompts of {corpus.name} has any token; give prompts "
+                "with text in them"
             )
         cut = sum(len(prompt) == limit for prompt in ids)
         notes = _notes(tokens, cut, sequence_length)
@@ -116,8 +116,8 @@ class Job:
             ran = sum(lengths[index] for index in batch)
             if recorder.num_tokens - before != ran:
                 raise CaptureError(
-                    f"The model ran {ran} tokens but {recorder.num_tokens - before} were recorded; "
-                    "load the model again without other hooks on it."
+                    f"the model ran {ran} tokens but {recorder.num_tokens - before} were recorded; "
+                    "load the model again without other hooks on it"
                 )
             report.add(ran)
             mx.clear_cache()

@@ -206,7 +206,7 @@ def record_prompt(
 
 def _shard_tokens(router: RoutedModel, router_logits: bool, asked: int | None) -> int:
     if asked is not None and asked < 1:
-        raise UsageError(f"The shard size is {asked} tokens; it must be at least 1.")
+        raise UsageError(f"the shard size is {asked} tokens; it must be at least 1")
     if asked is not None:
         return asked
     per_layer = 3 * max(1, router.info.experts_per_token)

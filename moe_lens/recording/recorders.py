@@ -79,7 +79,7 @@ class RouteRecorder:
         """
         if not any(len(part) for part in self._parts):
             raise CaptureError(
-                "No token was captured; run the model with at least one token inside the recording."
+                "no token was captured; run the model with at least one token inside the recording"
             )
         routes, self._parts = Routes.concatenate(self._parts), []
         return routes.take(np.argsort(routes.prompt, kind="stable"))
@@ -139,7 +139,7 @@ class ProfileRecorder:
         self._fold()
         if self._folded is None:
             raise CaptureError(
-                "No token was captured; run the model with at least one token inside the recording."
+                "no token was captured; run the model with at least one token inside the recording"
             )
         return replace(self._folded, outputs=self._outputs)
 
@@ -201,9 +201,9 @@ def _checked(
     if bad.any():
         place, token = np.argwhere(bad)[0][:2]
         raise CaptureError(
-            f"Layer {forward.layers[place]} gives {name} {values[place, token]} for token {token} "
+            f"layer {forward.layers[place]} gives {name} {values[place, token]} for token {token} "
             "of a batch, which cannot be recorded; check the weights of the model, or load it in "
-            "float32."
+            "float32"
         )
     return values.astype(precision)
 

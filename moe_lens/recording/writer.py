@@ -109,8 +109,8 @@ class TraceWriter:
         number = len(self.entries)
         if self.slots is not None and routes.slots != self.slots:
             raise CaptureError(
-                f"Shard {number} has {routes.slots} experts per token where the shards before it "
-                f"have {self.slots}; record again without changing the model meanwhile."
+                f"shard {number} has {routes.slots} experts per token where the shards before it "
+                f"have {self.slots}; record again without changing the model meanwhile"
             )
         tensors = {
             "token_ids": routes.token_ids,
@@ -144,8 +144,8 @@ class TraceWriter:
                 self._check_same_recording()
         elif any(not _is_part(path) for path in self.folder.iterdir()):
             raise UsageError(
-                f"The folder {self.folder} is not empty and holds no trace; choose another output "
-                "folder."
+                f"the folder {self.folder} is not empty and holds no trace; choose another output "
+                "folder"
             )
         self._find_whole_shards()
         if self.complete and self._finished:
@@ -162,16 +162,16 @@ class TraceWriter:
         found = read_header(self.folder)
         if not self._resume:
             raise UsageError(
-                f"The folder {self.folder} already holds a trace; choose another output folder, "
-                "resume it, or overwrite it."
+                f"the folder {self.folder} already holds a trace; choose another output folder, "
+                "resume it, or replace it (--force)"
             )
         there, asked = recording_identity(found), recording_identity(self.header)
         for part, name in _PARTS.items():
             if there[part] != asked[part]:
                 raise UsageError(
-                    f"The trace in {self.folder} was recorded with {name} "
+                    f"the trace in {self.folder} was recorded with {name} "
                     f"({_difference(there[part], asked[part])}); choose another output folder, or "
-                    "overwrite it."
+                    "replace it (--force)"
                 )
         self._finished = bool(found["complete"])
         self._checksums = {entry["file"]: entry["sha256"] for entry in found["shards"]}
@@ -252,7 +252,7 @@ def _make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"The output folder {folder} cannot be made: {error.strerror}; choose another place."
+            f"the output folder {folder} cannot be made: {error.strerror}; choose another place"
         ) from error
 
 
@@ -264,7 +264,7 @@ def _lock(folder: Path) -> int | None:
     except BlockingIOError as error:
         os.close(descriptor)
         raise MoeLensError(
-            f"Another process is recording into {folder}; wait for it or choose another folder."
+            f"another process is recording into {folder}; wait for it or choose another folder"
         ) from error
     except OSError:  # some network file systems know no locks
         os.close(descriptor)
@@ -275,5 +275,15 @@ def _lock(folder: Path) -> int | None:
 def _difference(found: Any, wanted: Any) -> str:
     """The entries that differ, as ``name: then -> now``."""
     keys = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
-    shown = [f"{key}: {found.get(key)} -> {wanted.get(key)}" for key in keys[:3]]
+    shown = [
+        key.removesuffix("_sha256")
+        if _is_hash(found.get(key))
+        else f"{key}: {found.get(key)} -> {wanted.get(key)}"
+        for key in keys[:3]
+    ]
     return ", ".join(shown) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+
+
+def _is_hash(value: Any) -> bool:
+    """Whether it tells a person nothing but that two things differ."""
+    return isinstance(value, str) and len(value) == 64

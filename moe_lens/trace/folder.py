@@ -98,8 +98,8 @@ class Trace:
         header = read_header(folder)
         if not header["complete"]:
             raise MoeLensError(
-                f"The trace {folder} is not complete; run the same trace command again, it goes "
-                "on where it stopped."
+                f"the trace {folder} is not complete; run the same trace command again, it goes "
+                "on where it stopped"
             )
         texts = TokenTexts.from_json(_read_text(folder / "tokens.json"))
         trace = cls(folder, header, _read_json(folder / "prompts.json"), texts)
@@ -179,7 +179,7 @@ class Trace:
         """
         if not 0 <= index < self.num_prompts:
             raise UsageError(
-                f"There is no prompt {index}; the trace has prompts 0 to {self.num_prompts - 1}."
+                f"there is no prompt {index}; the trace has prompts 0 to {self.num_prompts - 1}"
             )
         firsts = [entry.first_prompt for entry in self.entries]
         entry = self.entries[max(bisect_right(firsts, index) - 1, 0)]
@@ -207,7 +207,7 @@ class Trace:
             if digest != entry.sha256:
                 raise MoeLensError(
                     f"{self.path / entry.file} is damaged: its checksum is not the one in "
-                    f"trace.json; {_AGAIN}."
+                    f"trace.json; {_AGAIN}"
                 )
 
     def _read(self, entry: ShardEntry, start: int, stop: int) -> Routes:
@@ -225,7 +225,7 @@ class Trace:
                     for name, part in parts.items()
                 }
         except (SafetensorError, OSError) as error:
-            raise MoeLensError(f"{path} is damaged ({error}); {_AGAIN}.") from error
+            raise MoeLensError(f"{path} is damaged ({error}); {_AGAIN}") from error
         return Routes(
             layers=self.layers, router_width=self.router_width, texts=self.texts, **arrays
         )
@@ -239,7 +239,7 @@ class Trace:
             if part.get_shape() != expected:
                 raise MoeLensError(
                     f"{path} is damaged: {name} has shape {part.get_shape()} where trace.json says "
-                    f"{expected}; {_AGAIN}."
+                    f"{expected}; {_AGAIN}"
                 )
 
 
@@ -253,16 +253,16 @@ def read_header(folder: Path) -> dict[str, Any]:
     path = folder / "trace.json"
     if not path.is_file():
         raise UsageError(
-            f"There is no trace in {folder}; record one with moe-lens trace MODEL --data FILE "
-            f"--output {folder}."
+            f"there is no trace in {folder}; record one with moe-lens trace MODEL --data FILE "
+            f"--output {folder}"
         )
     header = _read_json(path)
     if header.get("format") != FORMAT:
-        raise MoeLensError(f"{path} does not describe a moe-lens trace; give a trace folder.")
+        raise MoeLensError(f"{path} does not describe a moe-lens trace; give a trace folder")
     if header.get("version") != VERSION:
         raise MoeLensError(
-            f"The trace {folder} has format version {header.get('version')}, this moe-lens reads "
-            f"version {VERSION}; use the moe-lens that wrote it, or record it again."
+            f"the trace {folder} has format version {header.get('version')}, this moe-lens reads "
+            f"version {VERSION}; use the moe-lens that wrote it, or record it again"
         )
     return header
 
@@ -271,9 +271,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text(path))
     except ValueError as error:
-        raise MoeLensError(f"{path} is damaged ({error}); {_AGAIN}.") from error
+        raise MoeLensError(f"{path} is damaged ({error}); {_AGAIN}") from error
     if not isinstance(content, dict):
-        raise MoeLensError(f"{path} is damaged (it holds no JSON object); {_AGAIN}.")
+        raise MoeLensError(f"{path} is damaged (it holds no JSON object); {_AGAIN}")
     return content
 
 
@@ -281,17 +281,17 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise MoeLensError(f"{path} is missing from the trace; {_AGAIN}.") from error
+        raise MoeLensError(f"{path} is missing from the trace; {_AGAIN}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise MoeLensError(f"{path} cannot be read ({error}); {_AGAIN}.") from error
+        raise MoeLensError(f"{path} cannot be read ({error}); {_AGAIN}") from error
 
 
 def _check_size(path: Path, entry: ShardEntry) -> None:
     if not path.is_file():
-        raise MoeLensError(f"{path} is missing from the trace; {_AGAIN}.")
+        raise MoeLensError(f"{path} is missing from the trace; {_AGAIN}")
     size = path.stat().st_size
     if size != entry.bytes:
         raise MoeLensError(
             f"{path} is {'cut short' if size < entry.bytes else 'damaged'}: {size} bytes where "
-            f"trace.json says {entry.bytes}; {_AGAIN}."
+            f"trace.json says {entry.bytes}; {_AGAIN}"
         )

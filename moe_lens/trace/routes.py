@@ -65,7 +65,7 @@ class Routes:
         """
         if layer not in self.layers:
             raise UsageError(
-                f"Layer {layer} has no routed experts; the MoE layers are {_listed(self.layers)}."
+                f"layer {layer} has no routed experts; the MoE layers are {_listed(self.layers)}"
             )
         return self.layers.index(layer)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import moe_lens
+from moe_lens.cli import screen
 from moe_lens.errors import MoeLensError
 
 
@@ -82,6 +84,28 @@ def test_ctrl_c(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.err == "moe-lens: interrupted\n"
 
 
+def test_sigterm_clears_up_like_ctrl_c(tmp_path: Path) -> None:
+    """The folder of a compression that is ended while it verifies is gone."""
+    words = ["compress", "demo", "--ratio", "0.25", "--output", str(tmp_path / "small")]
+    program = f"import sys; from moe_lens.cli import main; sys.exit(main({words!r}))"
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not list(tmp_path.glob(".small.partial-*/model*.safetensors")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+    assert process.returncode == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(screen.out(), "_force_terminal", True)
+    assert screen.printable("a\x1b[2Jb\x07\x9b\x7f\n\tc") == "a␛[2Jb␇\ufffd␡\n\tc"
+    monkeypatch.setattr(screen.out(), "_force_terminal", False)
+    assert screen.printable("a\x1b[2Jb") == "a\x1b[2Jb"
+
+
 def test_a_reader_that_goes_away_is_no_error() -> None:
     """As in ``moe-lens families | head -1``."""
     program = "import sys; from moe_lens.cli import main; sys.exit(main(['families', '--json']))"
@@ -119,7 +143,7 @@ def test_families(run: Any) -> None:
     lines = found.out.splitlines()
     supported = moe_lens.all_supported()
     assert {each.model_type for each in supported} <= {line.split()[0] for line in lines if line}
-    assert f"{len(supported)} model types" in found.out
+    assert "54 model types, and 6 other names" in found.out
     assert not any(line != line.rstrip() for line in lines)
     assert run("families", "--json").json == json.loads(
         json.dumps([each.to_dict() for each in supported])
