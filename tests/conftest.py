@@ -31,7 +31,7 @@ def kernel_factory(request: pytest.FixtureRequest) -> Callable[..., Any]:
         return mx.fast.metal_kernel
     try:
         metal_emulator.find_compiler()
-    except metal_emulator.CompilerMissing as missing:
+    except metal_emulator.NoCompilerError as missing:
         pytest.fail(str(missing))
     return metal_emulator.metal_kernel
 
