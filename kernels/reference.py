@@ -41,6 +41,10 @@ def _best(scores: mx.array, k: int, side: Side) -> mx.array:
     return mx.argsort(-scores, axis=-1)[..., :k]
 
 
+def _without_nan(scores: mx.array, number: float) -> mx.array:
+    return mx.where(mx.isnan(scores), mx.array(number, scores.dtype), scores)
+
+
 def _drop_groups(choice: mx.array, groups: Groups, fill: float) -> tuple[mx.array, mx.array | None]:
     """`choice` with the dropped groups filled, and which experts were dropped (None: none)."""
     drop = groups.count - groups.keep
@@ -51,6 +55,8 @@ def _drop_groups(choice: mx.array, groups: Groups, fill: float) -> tuple[mx.arra
         best = grouped.max(axis=-1, keepdims=True)
     else:
         best = mx.topk(grouped, 2, axis=-1).sum(axis=-1, keepdims=True)
+        # inf - inf: MLX sorts NaN last, so such a group is kept.
+        best = _without_nan(best, mx.finfo(best.dtype).max)
     worst = mx.argpartition(best, kth=drop - 1, axis=-2)[..., :drop, :]
     filled = mx.put_along_axis(grouped, worst, mx.array(fill, grouped.dtype), axis=-2)
     dropped = mx.zeros(grouped.shape, dtype=mx.bool_)
@@ -86,11 +92,18 @@ def selection_scores(
     """What the k best are taken from [..., E], and the scores [..., E] their weights come from.
 
     The latter are `scores`, except where the rule gives weight 0 to the experts of dropped groups.
+
+    A score that is NaN counts as the lowest finite number for the sides ``low`` and ``sorted``,
+    and as the highest for ``high``: as MLX sorts NaN last, a block prefers numbers to it, or it to
+    numbers. Which of several NaNs a block takes is the backend's own; here the side decides, a
+    masked expert stays out and a forced one in.
     """
     choice = scores
     if rule.selection_bias is not None:
         bias = rule.selection_bias
         choice = choice + (bias.astype(choice.dtype) if rule.bias_dtype == "scores" else bias)
+    finite = mx.finfo(choice.dtype)
+    choice = _without_nan(choice, finite.max if rule.side == "high" else finite.min)
     if mask is not None:
         # A selection bias could still lift a masked expert, so the mask holds after it, too.
         choice = mx.where(mask, mx.array(NEGATIVE_INFINITY, choice.dtype), choice)
@@ -98,7 +111,7 @@ def selection_scores(
         fill = rule.groups.fill
         if mask is not None and fill == NEGATIVE_INFINITY:
             # Dropped groups stay above masked experts where the kept groups hold fewer than k.
-            fill = float(mx.finfo(choice.dtype).min)
+            fill = float(finite.min)
         choice, dropped = _drop_groups(choice, rule.groups, fill)
         if mask is not None:
             choice = mx.where(mask, mx.array(NEGATIVE_INFINITY, choice.dtype), choice)
@@ -121,8 +134,7 @@ def select(
 ) -> tuple[mx.array, mx.array]:
     """The ids [..., k] of the chosen experts, and the scores [..., E] their weights come from.
 
-    NaN is the worst score where `side` is ``low`` or ``sorted`` and the best where it is
-    ``high``, because MLX sorts NaN last; among NaNs the side decides as between equal numbers.
+    The k best by [`selection_scores`][moe_lens.kernels.reference.selection_scores].
     """
     choice, scores = selection_scores(rule, scores, mask=mask, force=force)
     return mx.stop_gradient(_best(choice, k, rule.side)), scores
@@ -198,7 +210,7 @@ def _weights(
     return weights
 
 
-def statistics(
+def route_statistics(
     rule: Rule,
     logits: mx.array,
     ids: mx.array,
@@ -239,7 +251,7 @@ def statistics(
 
 
 def _margin(choice: mx.array, ids: mx.array, side: Side) -> mx.array:
-    """From the selection scores [..., E], in the order of `side`, NaN included."""
+    """From the selection scores [..., E], in the order of `side`."""
     experts, k = choice.shape[-1], ids.shape[-1]
     if k == experts:
         return mx.full(choice.shape[:-1], float("inf"))
