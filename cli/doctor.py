@@ -44,6 +44,7 @@ def _show(found: Diagnosis) -> None:
         ("device", _device(found.device)),
         ("memory", _memory(found.memory)),
         ("products", _products(found.products)),
+        ("routing", found.kernel),
         ("hub", _hub(found.hub)),
         ("cache", _cache(found)),
         ("demo model", "there" if found.demo else "missing from this installation"),

@@ -16,6 +16,7 @@ from .options import (
     ExpertsPerToken,
     ForceExperts,
     Json,
+    Kernel,
     MaskExperts,
     Model,
     TrustRemoteCode,
@@ -55,6 +56,7 @@ def generate(
     experts_per_token: ExpertsPerToken = None,
     mask_experts: MaskExperts = None,
     force_experts: ForceExperts = None,
+    kernel: Kernel = None,
     compare: Annotated[
         bool,
         typer.Option("--compare", help="Show it beside the usual text, and where they part."),
@@ -84,7 +86,7 @@ def generate(
             "or --force-experts"
         )
     text = read_prompt(prompt)
-    router = load(model, trust_remote_code)
+    router = load(model, trust_remote_code, kernel)
     with _changed(router, routing):
         pass  # refuses a change that cannot be, before anything is generated
     options: dict[str, Any] = {

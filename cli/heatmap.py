@@ -18,6 +18,7 @@ from .options import (
     ExpertsPerToken,
     ForceExperts,
     Json,
+    Kernel,
     MaskExperts,
     Prompt,
     SampleSize,
@@ -93,6 +94,7 @@ def heatmap(
     experts_per_token: ExpertsPerToken = None,
     mask_experts: MaskExperts = None,
     force_experts: ForceExperts = None,
+    kernel: Kernel = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -117,7 +119,7 @@ def heatmap(
     else:
         text = None if prompt is None else read_prompt(prompt)
         reads = Text(text, data, sample_size, sequence_length, chat_template, seed)
-        found, name = of_model(source, reads, wanted, routing, trust_remote_code)
+        found, name = of_model(source, reads, wanted, routing, trust_remote_code, kernel)
     _show(found, name, output, theme, json)
 
 

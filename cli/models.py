@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from moe_lens import ExpertRouter
 
 
-def load(model: str, trust_remote_code: bool = False) -> ExpertRouter:
+def load(model: str, trust_remote_code: bool = False, kernel: str | None = None) -> ExpertRouter:
     """The model, with a spinner on stderr while it loads."""
     with working(f"loading {model}"):
         from moe_lens import ExpertRouter
 
-        return ExpertRouter.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return ExpertRouter.from_pretrained(
+            model, trust_remote_code=trust_remote_code, kernel=kernel
+        )
 
 
 def read_prompt(prompt: str) -> str:

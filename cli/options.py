@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +42,24 @@ ForceExperts = Annotated[
     typer.Option(
         metavar="LAYER:EXPERTS",
         help="Experts that every token uses, written like --mask-experts. Repeatable.",
+    ),
+]
+
+
+class KernelMode(StrEnum):
+    """Whether changed routing runs in the fused kernel."""
+
+    AUTO = "auto"
+    NEVER = "never"
+    ALWAYS = "always"
+
+
+Kernel = Annotated[
+    KernelMode | None,
+    typer.Option(
+        show_default=False,
+        help="Run changed routing in the fused GPU kernel: auto (default) where it is proved, "
+        "never, or always. MOE_LENS_KERNEL sets it, too.",
     ),
 ]
 

@@ -16,6 +16,7 @@ from .options import (
     ExpertsPerToken,
     ForceExperts,
     Json,
+    Kernel,
     MaskExperts,
     Model,
     OutputFolder,
@@ -57,6 +58,7 @@ def trace(
     experts_per_token: ExpertsPerToken = None,
     mask_experts: MaskExperts = None,
     force_experts: ForceExperts = None,
+    kernel: Kernel = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
@@ -72,7 +74,7 @@ def trace(
 
     routing = Routing.read(experts_per_token, mask_experts, force_experts)
     corpus = read_corpus(data)
-    router = load(model, trust_remote_code)
+    router = load(model, trust_remote_code, kernel)
     changed = router.override(routing.overrides(router)) if routing else nullcontext()
     before: list[int] = []
     with changed, bar("recording") as move, _can_go_on(output):

@@ -131,7 +131,12 @@ class Text:
 
 
 def of_model(
-    model: str, text: Text, wanted: Wanted, routing: Routing, trust_remote_code: bool
+    model: str,
+    text: Text,
+    wanted: Wanted,
+    routing: Routing,
+    trust_remote_code: bool,
+    kernel: str | None,
 ) -> tuple[Heatmap, str]:
     """The heat map of a model that reads `text` now, and its name."""
     from moe_lens import Prompt, read_corpus
@@ -143,7 +148,7 @@ def of_model(
         raise UsageError(
             f"there is no prompt {wanted.number}: {text.data} has prompts 0 to {len(corpus) - 1}"
         )
-    router = load(model, trust_remote_code)
+    router = load(model, trust_remote_code, kernel)
     settings: dict[str, Any] = {
         "sequence_length": text.sequence_length,
         "chat_template": text.chat_template,

@@ -17,6 +17,7 @@ from .families import MoELayer
 from .generation import Generation, encode_prompt, stream_tokens
 from .info import ModelInfo, describe_model
 from .instrument import Capture, Instrument, Sink
+from .kernels import Kernel
 from .loading import compute_in_float32
 from .override import Override
 from .token_batch import batch_lengths, token_batch
@@ -41,6 +42,7 @@ class RoutedModel:
         info: The model in numbers.
         layers: The MoE layers.
         notes: What was done to make the model run here, in sentences.
+        kernel: What runs the rules under an override; its `reason` says why it is what it is.
     """
 
     def __init__(
@@ -51,13 +53,15 @@ class RoutedModel:
         *,
         name: str = "model",
         path: Path | None = None,
+        kernel: Kernel | str | None = None,
     ) -> None:
         self.name = name
         self.path = path
         self.model = model
         self.tokenizer = tokenizer
         self.config = config
-        self._instrument = Instrument(model)
+        self.kernel = kernel if isinstance(kernel, Kernel) else _kernel(kernel)
+        self._instrument = Instrument(model, self.kernel)
         self.info: ModelInfo = describe_model(name, model, self.layers, config)
         note = compute_in_float32(model)
         self.notes: list[str] = [] if note is None else [note]
@@ -275,3 +279,10 @@ class RoutedModel:
         else:
             with self.override(k=experts_per_token):
                 yield
+
+
+def _kernel(mode: str | None) -> Kernel:
+    try:
+        return Kernel(mode)
+    except ValueError as error:
+        raise UsageError(str(error)) from error

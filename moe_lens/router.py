@@ -35,10 +35,18 @@ class ExpertRouter(RoutedModel):
         *,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        kernel: str | None = None,
     ) -> Self:
         """Load ``demo``, a folder, or a hub id.
 
         On MLX's CPU backend a half-precision model is cast to float32 in memory (see `notes`).
+
+        Args:
+            name: ``demo``, a folder, or a hub id.
+            revision: Of a hub id.
+            trust_remote_code: Let the tokenizer run code that comes with the model.
+            kernel: Whether overridden routing runs in the fused kernel: ``auto`` (where a GPU
+                has proved it), ``never`` or ``always``; None: as MOE_LENS_KERNEL says, or auto.
 
         Raises:
             UsageError: For a name that is no model.
@@ -48,7 +56,7 @@ class ExpertRouter(RoutedModel):
         model, tokenizer, config, path = load(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
-        return cls(model, tokenizer, config, name=str(name), path=path)
+        return cls(model, tokenizer, config, name=str(name), path=path, kernel=kernel)
 
     @classmethod
     async def from_pretrained_async(cls, name: str | Path, **options: Any) -> AsyncExpertRouter:

@@ -171,6 +171,16 @@ class TestDamage:
         with pytest.raises(MoeLensError, match=r"shard-00002\.safetensors is missing"):
             Trace.open(folder)
 
+    def test_an_expert_that_is_not(self, folder: Path, routes: Routes) -> None:
+        shard = folder / "shard-00000.safetensors"
+        content = bytearray(shard.read_bytes())
+        header = 8 + int.from_bytes(content[:8], "little")
+        start = json.loads(content[8:header])["expert_ids"]["data_offsets"][0]
+        content[header + start] = routes.router_width
+        shard.write_bytes(content)
+        with pytest.raises(MoeLensError, match=r"shard-00000\.safetensors is damaged: it names"):
+            Trace.open(folder).prompt(0)
+
     def test_shard_with_a_broken_header(self, folder: Path) -> None:
         shard = folder / "shard-00000.safetensors"
         content = bytearray(shard.read_bytes())

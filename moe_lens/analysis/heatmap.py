@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.errors import CaptureError, UsageError
+from moe_lens.kernels import NO_EXPERT
 from moe_lens.profile import Profile
-from moe_lens.trace import NO_EXPERT, Routes, Trace
+from moe_lens.trace import Routes, Trace
 
 from .counts import routed_counts
 from .result import Result, html_table

@@ -5,13 +5,14 @@ needs code of its own gets a file named after its model type.
 """
 
 from .declaration import OVERRIDES, VALUES, Block
-from .layer import MoELayer
+from .layer import REFERENCE, MoELayer
 from .registry import FAMILIES, Support, all_supported, find_moe_layers, support
 from .seams import Attachment, SeamError
 
 __all__ = [
     "FAMILIES",
     "OVERRIDES",
+    "REFERENCE",
     "VALUES",
     "Attachment",
     "Block",

@@ -11,9 +11,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from moe_lens.errors import UsageError
-from moe_lens.kernels import Groups, Rule, route
+from moe_lens.kernels import Groups, Kernel, Rule
 
 from .declaration import Block, attribute
+
+REFERENCE = Kernel("never")
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,13 +143,15 @@ class MoELayer:
         logits: mx.array,
         input_dtype: mx.Dtype,
         *,
+        kernel: Kernel = REFERENCE,
         k: int | None = None,
         ids: mx.array | None = None,
         **changes: Any,
     ) -> tuple[mx.array, mx.array]:
         """Ids and weights [..., k] by this block's rule, with the changes of an override.
 
-        `ids` is [k] for all tokens, or [tokens, k].
+        `ids` is [k] for all tokens, or [tokens, k]. `kernel` runs the rule; a family whose
+        routing is no rule (`family.route`) runs it in MLX operations, always.
         """
         if ids is not None:
             ids = _fit(ids, logits.shape[:-1])
@@ -156,7 +160,7 @@ class MoELayer:
         changes["ids"] = ids
         if self.family.route is not None:
             return self.family.route(self.block, logits, k, **changes)
-        return route(self.rule(), logits, k, input_dtype=input_dtype, **changes)
+        return kernel.route(self.rule(), logits, k, input_dtype=input_dtype, **changes)
 
     @property
     def list_experts(self) -> bool:

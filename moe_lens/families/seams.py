@@ -19,8 +19,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from moe_lens.errors import UnsupportedModelError
+from moe_lens.kernels import Kernel, KernelUnavailableError
 
-from .layer import MoELayer
+from .layer import REFERENCE, MoELayer
 
 Changes = dict[str, Any]
 """Keyword arguments of [`route`][moe_lens.kernels.route]: `k`, `mask`, `force`, ..."""
@@ -43,8 +44,9 @@ class Attachment:
     block's own shapes and slot order.
     """
 
-    def __init__(self, layer: MoELayer) -> None:
+    def __init__(self, layer: MoELayer, kernel: Kernel = REFERENCE) -> None:
         self.layer = layer
+        self.kernel = kernel
         self.wanted: frozenset[str] = frozenset()
         self.changes: Changes | None = None
         self.verifying = False
@@ -72,7 +74,10 @@ class Attachment:
     def route(self, logits: mx.array, input_dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """The overridden ids and weights for `logits`."""
         assert self.changes is not None
-        return self.layer.route(logits, input_dtype, **self.changes)
+        try:
+            return self.layer.route(logits, input_dtype, kernel=self.kernel, **self.changes)
+        except KernelUnavailableError as error:
+            raise UnsupportedModelError(f"layer {self.layer.index}: {error}") from error
 
     def swap(self, module: nn.Module, call: Callable[..., Any]) -> None:
         """Give this one instance another ``__call__``, leaving the module tree as it is."""

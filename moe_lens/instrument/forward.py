@@ -11,7 +11,7 @@ import numpy as np
 
 from moe_lens.errors import CaptureError
 from moe_lens.families import MoELayer
-from moe_lens.trace import NO_EXPERT
+from moe_lens.kernels import NO_EXPERT
 
 ROUTING = frozenset({"expert_ids", "expert_weights"})
 

@@ -14,7 +14,8 @@ import mlx.nn as nn
 import numpy as np
 
 from moe_lens.errors import CaptureError, UnsupportedModelError, UsageError
-from moe_lens.families import Attachment, MoELayer, find_moe_layers
+from moe_lens.families import REFERENCE, Attachment, MoELayer, find_moe_layers
+from moe_lens.kernels import Kernel
 from moe_lens.override import Override
 
 from .forward import Forward, Sink
@@ -29,18 +30,19 @@ class Instrument:
 
     Args:
         model: What ``mlx_lm.load`` returned.
+        kernel: Runs the rules of overridden layers.
 
     Raises:
         UnsupportedModelError: If the model is dense.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kernel: Kernel = REFERENCE) -> None:
         self.model = model
         self.layers: list[MoELayer] = find_moe_layers(model)
         self.sinks: tuple[Sink, ...] = ()
         self.lengths: np.ndarray | None = None
         """[B] the real lengths of the rows of the next forwards, when pads stand on the right."""
-        self._attachments = {layer.index: Attachment(layer) for layer in self.layers}
+        self._attachments = {layer.index: Attachment(layer, kernel) for layer in self.layers}
         if len(self._attachments) != len(self.layers):
             raise UnsupportedModelError(
                 "two routed blocks share a layer index in this model, so its layers cannot be told "
@@ -109,7 +111,13 @@ class Instrument:
                     f"layer {index} has no routed experts; the MoE layers of this model are "
                     f"{_ranges(known)}"
                 )
-            override.check(self._attachments[index].layer)
+            attachment = self._attachments[index]
+            override.check(attachment.layer)
+            if attachment.kernel.mode == "always" and attachment.layer.family.route is not None:
+                raise UnsupportedModelError(
+                    f"layer {index}: kernel 'always' cannot be kept: the kernel runs rules, and "
+                    f"this block has no rule ({attachment.layer.family.note}); use 'auto'"
+                )
 
     def set_overrides(self, overrides: Mapping[int, Override]) -> None:
         """Route by `overrides` from now on; layers that are not named route by themselves."""

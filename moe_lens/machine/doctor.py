@@ -36,6 +36,7 @@ class Diagnosis:
     """What `examine` found.
 
     Attributes:
+        kernel: Whether overridden routing runs in the fused kernel here, and why.
         problems: What keeps moe-lens from working, in sentences. Empty: it works.
         advice: What would make it work better.
     """
@@ -46,6 +47,7 @@ class Diagnosis:
     device: Device | None
     memory: Memory
     products: Products | None
+    kernel: str
     hub: Hub
     cache_folder: str
     cached_models: tuple[CachedModel, ...]
@@ -80,12 +82,22 @@ def examine(*, hub_timeout: float = 3.0) -> Diagnosis:
         device=where,
         memory=memory(),
         products=speed,
+        kernel="unknown" if where is None else _kernel(),
         hub=hub(hub_timeout),
         cache_folder=str(constants.HF_HUB_CACHE),
         cached_models=() if where is None else cached_models(),
         problems=tuple(problems),
         advice=() if where is None else advice(where, speed),
     )
+
+
+def _kernel() -> str:
+    from moe_lens.kernels import Kernel
+
+    try:
+        return Kernel().reason
+    except ValueError as error:
+        return str(error)
 
 
 def _try(ask: Callable[[], Any], problems: list[str], sentence: str) -> Any:

@@ -23,7 +23,8 @@ from safetensors.numpy import save
 from moe_lens.atomic import PART_SUFFIX, write_bytes
 from moe_lens.errors import CaptureError, MoeLensError, UsageError
 from moe_lens.fingerprint import canonical_sha256, file_sha256
-from moe_lens.trace import NO_EXPERT, Routes, TokenTexts
+from moe_lens.kernels import NO_EXPERT
+from moe_lens.trace import Routes, TokenTexts
 from moe_lens.trace.folder import ShardEntry, is_trace, read_header
 
 from .header import recording_identity

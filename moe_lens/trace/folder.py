@@ -36,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 
 from moe_lens.errors import MoeLensError, UsageError
 
-from .routes import Routes
+from .routes import NO_EXPERT, Routes
 from .tokens import TokenTexts
 
 __all__ = ["FORMAT", "VERSION", "ShardEntry", "Trace", "is_trace"]
@@ -226,6 +226,9 @@ class Trace:
                 }
         except (SafetensorError, OSError) as error:
             raise MoeLensError(f"{path} is damaged ({error}); {_AGAIN}") from error
+        ids = arrays["expert_ids"]
+        if ((ids >= self.router_width) & (ids != NO_EXPERT)).any():
+            raise MoeLensError(f"{path} is damaged: it names experts that are not; {_AGAIN}")
         return Routes(
             layers=self.layers, router_width=self.router_width, texts=self.texts, **arrays
         )

@@ -13,13 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.errors import UsageError
+from moe_lens.kernels import NO_EXPERT
 
 from .tokens import TokenTexts
 
 __all__ = ["NO_EXPERT", "Routes"]
-
-# Marks an empty slot where the layers of a model differ in the number of chosen experts.
-NO_EXPERT = 65535
 
 
 @dataclass(frozen=True, eq=False)
