@@ -204,7 +204,7 @@ def test_chats_are_compared_too() -> None:
 
 def test_nothing_to_predict(tmp_path: Path) -> None:
     router = open_tiny(tmp_path / "model")
-    with pytest.raises(CaptureError, match="no prompt of texts has two tokens".capitalize()):
+    with pytest.raises(CaptureError, match="no prompt of texts has two tokens"):
         verify(router, router, corpus_of("w1", "w2"))
 
 
