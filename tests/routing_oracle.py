@@ -121,7 +121,8 @@ def _weights(
             total = total + rule.epsilon
         if rule.normalise == "sum_floor":
             total = max(total, rule.epsilon)
-        weights = weights / total
+        with np.errstate(divide="ignore", invalid="ignore"):
+            weights = weights / total
     if rule.scale is not None:
         weights = weights * rule.scale
     if rule.per_expert_scale is not None:

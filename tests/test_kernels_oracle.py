@@ -157,6 +157,36 @@ def test_the_kernel_s_own_scores_in_16_bits_are_rounded_once(
     np.testing.assert_allclose(as_float(got.weights), exact, rtol=2**-8, atol=2**-24)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_scores_in_16_bits_are_rounded_before_they_are_summed(
+    dtype: str, kernel_factory: Factory
+) -> None:
+    values = mx.array(np.random.default_rng(10).normal(size=(64, 32))).astype(DTYPES[dtype])
+    question = Question(Rule("softmax_precise", side="sorted", normalise="sum"), values, 8)
+    got = question.by_kernel(kernel_factory, one_launch=True)
+    ids, weights = question.by_reference()
+    place = np.argsort(np.array(got.ids), axis=-1)
+    wanted = np.argsort(np.array(ids), axis=-1)
+    mine = np.take_along_axis(as_float(got.weights), place, -1)
+    theirs = np.take_along_axis(as_float(weights), wanted, -1)
+    assert (mine == theirs).mean() > 0.97
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_sigmoid_of_the_chosen_in_16_bits_is_rounded_before_it_is_scaled(
+    dtype: str, kernel_factory: Factory
+) -> None:
+    kind = DTYPES[dtype]
+    values = mx.array(np.random.default_rng(11).normal(size=(64, 32))).astype(kind)
+    rule = Rule("identity", score_chosen="sigmoid", scale=1.7)
+    got = Question(rule, values, 32).by_kernel(kernel_factory)
+    chosen = np.take_along_axis(as_float(values), np.array(got.ids).astype(int), -1)
+    own = as_float(mx.array(score("sigmoid", chosen).astype(np.float32)).astype(kind))
+    scale = as_float(mx.array(1.7).astype(kind))  # a number takes the dtype it is times with
+    wanted = as_float(mx.array((own * scale).astype(np.float32)).astype(kind))
+    assert (as_float(got.weights) == wanted).mean() > 0.99
+
+
 @pytest.mark.parametrize("shift", [-500.0, 500.0])
 @pytest.mark.parametrize("kind", ["identity", "softmax_float32"])
 def test_logits_far_from_0_neither_vanish_nor_overflow(

@@ -45,6 +45,7 @@ KERNEL = (
 # Taken where the compiler knows them: the pattern since GCC 12, reading 1.0 as a float in GCC
 # alone (elsewhere a kernel with such a constant is refused by -Wdouble-promotion).
 PATTERN = "-ftrivial-auto-var-init=pattern"
+ZERO = "-ftrivial-auto-var-init=zero"
 SINGLE_CONSTANTS = "-fsingle-precision-constant"
 
 
@@ -121,19 +122,24 @@ def _compile(source: str, flags: tuple[str, ...], what: str) -> Path:
     return built
 
 
-def kernel_library(source: str, *, sanitize: bool, single_constants: bool = False) -> Path:
+def kernel_library(
+    source: str, *, sanitize: bool, single_constants: bool = False, zeroed: bool = False
+) -> Path:
     """The shared library of one kernel.
 
     Args:
         source: C++ that defines ``kernel_entry`` (see runtime.h).
         sanitize: Whether the address and undefined-behaviour sanitizers are built in.
         single_constants: Whether ``1.0`` is a float, as in Metal, or a double, as in CUDA.
+        zeroed: Whether variables start as 0. Else they start as a pattern, which GCC makes of
+            bytes 0xFE: as a float it is below any logit, so it may pass for minus infinity.
 
     Raises:
         KernelTextError: Where the compiler refuses the text, with what it says.
         NoCompilerError: Where there is no compiler.
     """
-    optional = (PATTERN, SINGLE_CONSTANTS) if single_constants else (PATTERN,)
+    start = ZERO if zeroed else PATTERN
+    optional = (start, SINGLE_CONSTANTS) if single_constants else (start,)
     flags = [*COMMON, *KERNEL, *_known(optional)]
     if sys.platform == "darwin":
         flags += ["-undefined", "dynamic_lookup"]

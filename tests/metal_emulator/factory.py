@@ -124,7 +124,10 @@ class EmulatedKernel:
         self.text = self._text_of(given, **call)
         program = self._program_of(self.text)
         library = kernel_library(
-            program.source, sanitize=self._sanitize, single_constants=self._single_constants
+            program.source,
+            sanitize=self._sanitize,
+            single_constants=self._single_constants,
+            zeroed=self._order != "forward",
         )
         known: dict[str, Buffer] = {}
         for name, array in zip(self.input_names, given, strict=True):
@@ -182,7 +185,8 @@ def metal_kernel(
         ensure_row_contiguous: Must stay True: the emulator lays inputs out in rows.
         atomic_outputs: Whether outputs are ``device atomic<T>*``.
         compile_options: Handed to MLX; it has no effect here.
-        order: In which order threads run and reductions add.
+        order: In which order threads run and reductions add. In another than ``"forward"``
+            variables start as 0, not as a pattern: what uses one too early shows.
         seed: Of the order ``"random"``.
         sanitize: Build with the address and undefined-behaviour sanitizers: finds accesses
             outside thread-local arrays, and costs compile and run time.
