@@ -172,6 +172,33 @@ class RoutedModel:
                 self._instrument.set_overrides(self._overrides[-1] if self._overrides else {})
             self._release()
 
+    @contextmanager
+    def channel_masks(self, masks: Mapping[int, mx.array]) -> Iterator[None]:
+        """Multiply the channels inside the experts by `masks` in every forward inside the block.
+
+        Args:
+            masks: By layer index, [experts, width]; 0 takes a channel away, 1 leaves it. Layers
+                that are not named compute what they always do. Blocks do not nest: the inner
+                one's masks hold, and after it none.
+
+        Raises:
+            UsageError: A layer without routed experts, or a mask of another shape.
+        """
+        shapes = {layer.index: (layer.num_experts, layer.expert_width) for layer in self.layers}
+        for index, mask in masks.items():
+            if mask.shape != shapes.get(index):
+                raise UsageError(
+                    f"the channel mask of layer {index} has the shape {mask.shape}; give one of "
+                    f"[experts, width] for a layer of these: {shapes}"
+                )
+        self._attach()
+        self._instrument.set_channel_masks(masks)
+        try:
+            yield
+        finally:
+            self._instrument.set_channel_masks({})
+            self._release()
+
     @property
     def overrides(self) -> dict[int, Override]:
         """The overrides in force, by layer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,8 +13,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load_model, save_model
 
 from moe_lens.compress import ExpertGroup, LayerPlan, Plan
-from moe_lens.compress.calibration import identify
-from moe_lens.compress.identity import CorpusIdentity
+from moe_lens.compress.calibration.calibration import identify
+from moe_lens.compress.plan.identity import CorpusIdentity
 from moe_lens.families import find_moe_layers
 from moe_lens.router import ExpertRouter
 from tiny_models import save_checkpoint
@@ -82,6 +83,40 @@ def merge_plan(router: ExpertRouter, groups: Mapping[int, list[tuple[int, ...]]]
     )
     count = len(layers[0].groups)
     return Plan("merge", model, NO_TEXT, count, model.experts_per_token, layers)
+
+
+def narrow_plan(
+    router: ExpertRouter,
+    width: int,
+    kept: Mapping[int, list[int]] | None = None,
+    whole_groups_of: int = 1,
+) -> Plan:
+    """A plan that keeps `width` channels of every expert, other ones in each, whatever text says.
+
+    `kept` are the experts that stay; None: all. With `whole_groups_of` the channels are drawn in
+    such groups of neighbours.
+    """
+    model = identify(router)
+    source = random.Random(0)
+    everything = {layer.index: list(range(model.num_experts)) for layer in router.layers}
+    fewer = prune_plan(router, kept or everything)
+    count = model.expert_width // whole_groups_of
+    layers = tuple(
+        replace(
+            layer,
+            channels=tuple(
+                tuple(
+                    group * whole_groups_of + place
+                    for group in sorted(source.sample(range(count), width // whole_groups_of))
+                    for place in range(whole_groups_of)
+                )
+                for _ in layer.groups
+            ),
+        )
+        for layer in fewer.layers
+    )
+    kind = "channels" if kept is None else "prune"
+    return replace(fewer, kind=kind, layers=layers, expert_width=width)
 
 
 def _group(experts: tuple[int, ...]) -> ExpertGroup:

@@ -5,7 +5,7 @@ needs code of its own gets a file named after its model type.
 """
 
 from .declaration import OVERRIDES, VALUES, Block
-from .layer import REFERENCE, MoELayer
+from .layer import REFERENCE, MoELayer, down_name
 from .registry import FAMILIES, Support, all_supported, find_moe_layers, support
 from .seams import Attachment, SeamError
 
@@ -20,6 +20,7 @@ __all__ = [
     "SeamError",
     "Support",
     "all_supported",
+    "down_name",
     "find_moe_layers",
     "support",
 ]

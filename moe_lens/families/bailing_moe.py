@@ -14,9 +14,10 @@ import mlx.nn as nn
 
 from moe_lens.kernels import Rule
 
+from .class_swap import call_original
 from .declaration import Block, parameter, top2_groups
 from .layer import MoELayer
-from .seams import Attachment, call_original
+from .seams import Attachment
 
 
 def _rule(block: Any) -> Rule:
@@ -41,6 +42,7 @@ def _attach(attachment: Attachment) -> None:
     def router(module: nn.Module, x: mx.array) -> tuple[mx.array, mx.array]:
         if attachment.wants("router_logits"):
             attachment.emit("router_logits", layer.logits(x))
+        attachment.emit("router_inputs", x)
         if attachment.changes is None:
             ids, weights = call_original(module, x)
         else:
@@ -51,7 +53,7 @@ def _attach(attachment: Attachment) -> None:
         return _fill_slots(layer, ids, weights)
 
     def experts(module: nn.Module, x: mx.array, ids: mx.array) -> mx.array:
-        outputs: mx.array = call_original(module, x, ids)
+        outputs = attachment.call_experts(module, x, ids)
         weights = chosen.pop("weights")
         real = outputs[..., : weights.shape[-1], :]
         attachment.emit("expert_inputs", x)

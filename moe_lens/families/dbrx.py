@@ -13,8 +13,9 @@ import mlx.nn as nn
 
 from moe_lens.kernels import Rule
 
+from .class_swap import call_original
 from .declaration import Block
-from .seams import Attachment, SeamError, call_original
+from .seams import Attachment, SeamError
 
 
 def _rule(block: Any) -> Rule:
@@ -38,6 +39,7 @@ def _attach(attachment: Attachment) -> None:
         else:
             ids, weights = attachment.route(logits, x.dtype)
             output = _combine(module, flat, ids, weights).reshape(x.shape)
+        attachment.emit("router_inputs", flat)
         attachment.emit("router_logits", logits)
         attachment.emit("expert_inputs", flat)
         attachment.emit("expert_ids", ids)
@@ -45,6 +47,7 @@ def _attach(attachment: Attachment) -> None:
         if attachment.wants("expert_outputs"):
             outputs = mx.stack([output for _, output in called]).reshape(*ids.shape, -1)
             attachment.emit("expert_outputs", outputs)
+        attachment.channels.emit_listed(ids.shape)
         called.clear()
         attachment.emit("routed_output", output)
         return output

@@ -90,6 +90,23 @@ class MoELayer:
         return int(projection.num_experts)
 
     @property
+    def down_projections(self) -> list[nn.Module]:
+        """What leads from the channels of the experts back to the hidden size.
+
+        One module for all experts, or one for each where the experts are a list.
+        """
+        experts = self.experts if self.list_experts else [self.experts]
+        return [expert[down_name(expert)] for expert in experts]
+
+    @property
+    def expert_width(self) -> int:
+        """The number of channels inside each expert: what its down projection reads."""
+        down: Any = self.down_projections[0]
+        if "scales" in down:
+            return int(down.scales.shape[-1] * down.group_size)
+        return int(down.weight.shape[-1])
+
+    @property
     def zero_experts(self) -> int:
         """Identity experts at the end of the router."""
         return 0 if self.family.zero_experts is None else self.family.zero_experts(self.block)
@@ -122,11 +139,15 @@ class MoELayer:
             return self.family.without["k"]
         return self.rule().describe()
 
+    def router_input(self, x: mx.array) -> mx.array:
+        """What the projection of the router reads, of the block's input `x` [..., hidden]."""
+        transform = self.family.router_input
+        return x if transform is None else transform(self.block, x)
+
     def logits(self, x: mx.array) -> mx.array:
         """The router logits [..., router width] of the block's input `x` [..., hidden]."""
         declaration = self.family
-        if declaration.router_input is not None:
-            x = declaration.router_input(self.block, x)
+        x = self.router_input(x)
         router: Any = self.router
         if declaration.raw:
             if declaration.float32_logits:
@@ -215,6 +236,11 @@ class MoELayer:
         owner, _, leaf = path.rpartition(".")
         module = self.module(owner) if owner else self.block
         return f"{self.path}.{path}" if isinstance(module.get(leaf), mx.array) else None
+
+
+def down_name(expert: nn.Module) -> str:
+    """What a SwitchGLU, SwitchMLP or an expert of DBRX's list calls its down projection."""
+    return next(name for name in ("down_proj", "fc2", "w2") if name in expert)
 
 
 def _fit(ids: mx.array, tokens: tuple[int, ...]) -> mx.array:

@@ -13,8 +13,9 @@ import mlx.nn as nn
 
 from moe_lens.kernels import Rule, route
 
+from .class_swap import call_original
 from .declaration import Block
-from .seams import Attachment, SeamError, call_original, observe_gate
+from .seams import Attachment, SeamError, observe_gate
 
 
 def _rule(block: Any) -> Rule:
@@ -30,7 +31,7 @@ def _attach(attachment: Attachment) -> None:
         assert logits is not None and x is not None
         attachment.emit("expert_inputs", x)
         if attachment.changes is None:
-            outputs: mx.array = call_original(module, scaled, ids)
+            outputs = attachment.call_experts(module, scaled, ids)
             _, weights = route(layer.rule(), logits, 1, input_dtype=x.dtype, ids=ids)
             routed = outputs
             if attachment.verifying and not bool(mx.array_equal(scaled, x * weights)):

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from moe_lens.kernels import Rule
 
 from .declaration import Block
-from .seams import Attachment, call_original, observe_router
+from .seams import Attachment, observe_router
 
 
 def _rule(block: Any) -> Rule:
@@ -47,7 +47,7 @@ def _attach(attachment: Attachment) -> None:
         return ids, weights
 
     def experts(module: nn.Module, x: mx.array, ids: mx.array) -> mx.array:
-        outputs: mx.array = call_original(module, x, ids)
+        outputs = attachment.call_experts(module, x, ids)
         is_zero = seen.pop("ids") >= layer.num_experts
         attachment.emit("expert_inputs", x)
         attachment.emit(

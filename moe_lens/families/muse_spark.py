@@ -14,8 +14,9 @@ import mlx.nn as nn
 
 from moe_lens.kernels import Rule
 
+from .class_swap import call_original
 from .declaration import Block
-from .seams import Attachment, call_original
+from .seams import Attachment
 
 _running: list[Attachment] = []
 """The attachments whose blocks are running, innermost last."""
@@ -38,6 +39,7 @@ def _attach(attachment: Attachment) -> None:
     _wrap_kernels()
 
     def block(module: nn.Module, x: mx.array) -> mx.array:
+        attachment.emit("router_inputs", x)
         _running.append(attachment)
         try:
             output: mx.array = call_original(module, x)
@@ -46,7 +48,7 @@ def _attach(attachment: Attachment) -> None:
             _running.pop()
 
     def experts(module: nn.Module, x: mx.array, ids: mx.array) -> mx.array:
-        outputs: mx.array = call_original(module, x, ids)
+        outputs = attachment.call_experts(module, x, ids)
         attachment.emit("expert_inputs", x)
         attachment.emit("expert_outputs", outputs)
         return outputs

@@ -21,6 +21,8 @@ import mlx.nn as nn
 from moe_lens.errors import UnsupportedModelError
 from moe_lens.kernels import Kernel, KernelUnavailableError
 
+from .channel_seam import ChannelSeam
+from .class_swap import ClassSwaps, call_original
 from .layer import REFERENCE, MoELayer
 
 Changes = dict[str, Any]
@@ -29,12 +31,6 @@ Changes = dict[str, Any]
 
 class SeamError(UnsupportedModelError):
     """A block works in a way that its declaration does not foresee."""
-
-
-def call_original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Call `module` as mlx-lm wrote it, whether or not its class is swapped at the moment."""
-    original = getattr(type(module), "_moe_lens_original", type(module))
-    return original.__call__(module, *args, **kwargs)
 
 
 class Attachment:
@@ -53,7 +49,8 @@ class Attachment:
         self.values: dict[str, mx.array] = {}
         self.block_input: mx.array | None = None
         self.logits: mx.array | None = None
-        self._swapped: list[tuple[nn.Module, type]] = []
+        self.channels = ChannelSeam(layer, self.emit)
+        self._swaps = ClassSwaps()
 
     def wants(self, *names: str) -> bool:
         return any(name in self.wanted for name in names)
@@ -70,6 +67,7 @@ class Attachment:
         """Forget the previous forward."""
         self.values = {}
         self.block_input = self.logits = None
+        self.channels.begin()
 
     def route(self, logits: mx.array, input_dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """The overridden ids and weights for `logits`."""
@@ -79,16 +77,21 @@ class Attachment:
         except KernelUnavailableError as error:
             raise UnsupportedModelError(f"layer {self.layer.index}: {error}") from error
 
+    def call_experts(
+        self, module: nn.Module, x: mx.array, ids: mx.array, *args: Any, **kwargs: Any
+    ) -> mx.array:
+        """Call the Switch module as mlx-lm wrote it, for the experts `ids` [..., k] of each token.
+
+        Which expert stands in which slot is remembered for the channels, which the module
+        computes in an order of its own.
+        """
+        self.channels.enter(ids)
+        outputs: mx.array = call_original(module, x, ids, *args, **kwargs)
+        return outputs
+
     def swap(self, module: nn.Module, call: Callable[..., Any]) -> None:
         """Give this one instance another ``__call__``, leaving the module tree as it is."""
-        base = type(module)
-        original = getattr(base, "_moe_lens_original", base)
-        module.__class__ = type(
-            base.__name__,
-            (base,),
-            {"__call__": call, "_moe_lens_original": original, "__module__": base.__module__},
-        )
-        self._swapped.append((module, base))
+        self._swaps.swap(module, call)
 
     def attach(self) -> None:
         """Swap the classes that this layer's declaration names."""
@@ -104,15 +107,15 @@ class Attachment:
                 observe_experts(self)
             observe_shared(self)
             observe_routed(self)
+            self.channels.set_up()
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
         """Put every class back."""
-        while self._swapped:
-            module, base = self._swapped.pop()
-            module.__class__ = base  # type: ignore[assignment]
+        self.channels.take_down()
+        self._swaps.undo()
         self.begin()
 
 
@@ -194,6 +197,7 @@ def observe_gate(attachment: Attachment) -> None:
     def call(module: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         logits: mx.array = call_original(module, x, *args, **kwargs)
         attachment.block_input, attachment.logits = x, logits
+        attachment.emit("router_inputs", x)
         attachment.emit("router_logits", logits)
         return logits
 
@@ -207,6 +211,8 @@ def observe_router(attachment: Attachment) -> None:
     def call(module: nn.Module, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         if attachment.wants("router_logits"):
             attachment.emit("router_logits", layer.logits(x))
+        if attachment.wants("router_inputs"):
+            attachment.emit("router_inputs", layer.router_input(x))
         if attachment.changes is None:
             ids, weights = pair = call_original(module, x, *args, **kwargs)
         else:
@@ -230,7 +236,7 @@ def observe_experts(attachment: Attachment) -> None:
             assert attachment.logits is not None
             ids, weights = attachment.route(attachment.logits, x.dtype)
             attachment.emit("expert_weights", weights)
-        outputs = call_original(module, x, ids, *args, **kwargs)
+        outputs = attachment.call_experts(module, x, ids, *args, **kwargs)
         attachment.emit("expert_inputs", x)
         if inline:
             attachment.emit("expert_ids", ids)

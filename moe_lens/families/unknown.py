@@ -38,7 +38,7 @@ def unknown_block(model_type: str, block: nn.Module, experts: str) -> Block:
         experts=experts,
         seam="inline",
         attach=_attach,
-        without={"router_logits": NO_RULE, "shared_output": NO_RULE}
+        without={"router_logits": NO_RULE, "router_inputs": NO_RULE, "shared_output": NO_RULE}
         | dict.fromkeys(OVERRIDES, NO_RULE),
         note="unknown architecture: ids, weights and outputs by the expert seam alone",
     )

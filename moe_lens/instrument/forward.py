@@ -69,7 +69,7 @@ class Forward:
                 f"layer {layer} ({self._modules[layer].path}) ran without showing {name}, so the "
                 "model changed under the capture: detach other hooks and load it again"
             ) from None
-        trailing = 2 if name == "expert_outputs" else 1
+        trailing = 2 if name in ("expert_outputs", "expert_channels") else 1
         return value.reshape(-1, *value.shape[value.ndim - trailing :])
 
     def routing(self) -> tuple[mx.array, mx.array]:

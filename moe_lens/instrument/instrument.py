@@ -129,6 +129,12 @@ class Instrument:
             override = active.get(index)
             attachment.changes = None if override is None else override.changes(attachment.layer)
 
+    def set_channel_masks(self, masks: Mapping[int, mx.array]) -> None:
+        """Multiply the channels of every expert by `masks` ([E, width] by layer) from now on."""
+        for index, attachment in self._attachments.items():
+            attachment.channels.mask = masks.get(index)
+            attachment.channels.set_up()
+
     def verify(self) -> None:
         """Compare every layer's rule, bit for bit, with what its block does on a few tokens.
 
@@ -163,6 +169,10 @@ class Instrument:
             index: frozenset(name for name in names if attachment.layer.reason(name) is None)
             for index, attachment in self._attachments.items()
         }
+        for index, attachment in self._attachments.items():
+            attachment.channels.watched = "expert_channels" in self._wanted[index]
+            if self.attached:
+                attachment.channels.set_up()
 
     def _run(self, base: type, *args: Any, **kwargs: Any) -> Any:
         if not self.sinks:
