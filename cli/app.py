@@ -11,10 +11,13 @@ from moe_lens import __version__
 from .compress import compress
 from .doctor import doctor
 from .families import families
+from .frontier import frontier
 from .generate import generate
 from .heatmap import heatmap
 from .info import info
+from .plan import plan
 from .trace import trace
+from .verify import verify
 
 # Plain help, not rich's panels: they take 0.2 s to import (Pygments, Markdown) and wrap badly in
 # 80 columns.
@@ -53,11 +56,12 @@ def moe_lens(
     moe-lens info demo
     moe-lens heatmap demo --prompt "def fib(n):"
     moe-lens compress demo --threshold 0.8 --output demo-small
+    moe-lens verify demo demo-small
 
     Exit codes: 0 done, 1 failed, 2 asked for something that cannot be. MOE_LENS_DEBUG=1, or
     --debug anywhere on the line, shows the traceback of an error.
     """
 
 
-for command in (info, families, generate, trace, heatmap, compress, doctor):
+for command in (info, families, generate, trace, heatmap, compress, plan, frontier, verify, doctor):
     app.command(no_args_is_help=command not in (families, doctor))(command)

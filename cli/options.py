@@ -94,6 +94,22 @@ SequenceLength = Annotated[
     typer.Option(metavar="TOKENS", min=1, help="Cut longer prompts after this many tokens."),
 ]
 
+EvalData = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Prompts to measure the loss on, others than calibrated. The bundled text by default.",
+    ),
+]
+
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        metavar="NATS",
+        help="Fail (exit code 1) if the mean KL divergence per token is above NATS.",
+    ),
+]
+
 ChatTemplate = Annotated[
     bool, typer.Option("--chat-template", help="Put each prompt into the model's chat template.")
 ]

@@ -10,6 +10,9 @@ from . import screen
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
 
+_MOST_BARS = 8
+"""Stages that are shown at once; older ones are over, and give way."""
+
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
@@ -65,6 +68,8 @@ def stages() -> Iterator[Callable[[str, int, int], None]]:
             if stage not in tasks:
                 shown.update(tasks[list(tasks)[-1]], total=1, completed=1)
                 tasks[stage] = shown.add_task(stage)
+                if len(tasks) > _MOST_BARS:
+                    shown.update(tasks[list(tasks)[-1 - _MOST_BARS]], visible=False)
             shown.update(tasks[stage], completed=done, total=total)
 
         yield report

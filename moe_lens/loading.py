@@ -135,11 +135,13 @@ def load(
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    trust_model_file: bool = False,
     lazy: bool = False,
 ) -> tuple[nn.Module, Any, dict[str, Any], Path]:
     """What stock ``mlx_lm.load`` gives, after checks: (model, tokenizer, config, folder).
 
     Weights keep the dtype of the checkpoint. With `lazy` they are read when first used.
+    `trust_model_file` lets the model's own file run, and no code of its tokenizer.
 
     Raises:
         UsageError: For a name that is no model.
@@ -152,7 +154,7 @@ def load(
     path = resolve(name, revision)
     config = read_config(path)
     check_weights(path)
-    if config.get("model_file") and not trust_remote_code:
+    if config.get("model_file") and not (trust_remote_code or trust_model_file):
         raise UnsupportedModelError(
             f"{name} wants to run its own code ({config['model_file']}): pass --trust-remote-code "
             "(trust_remote_code=True) if you trust it"
@@ -163,7 +165,7 @@ def load(
             tokenizer_config={"trust_remote_code": True} if trust_remote_code else None,
             lazy=lazy,
             return_config=True,
-            trust_remote_code=trust_remote_code,
+            trust_remote_code=trust_remote_code or trust_model_file,
         )
     except ValueError as error:
         message = str(error).strip().splitlines()[0]

@@ -16,11 +16,11 @@ from mlx_lm.utils import load, load_model, save_model
 from safetensors import safe_open
 
 from moe_lens.compress import read_plan, write
-from moe_lens.compress.assemble import assemble
-from moe_lens.compress.config import smaller_config
-from moe_lens.compress.parameters import smaller_parameters
-from moe_lens.compress.parent import open_parent
-from moe_lens.compress.tensor_file import write_shards
+from moe_lens.compress.checkpoint.assemble import assemble
+from moe_lens.compress.checkpoint.config import smaller_config
+from moe_lens.compress.checkpoint.tensor_file import write_shards
+from moe_lens.compress.tensors.parameters import smaller_parameters
+from moe_lens.compress.tensors.parent import open_parent
 from moe_lens.errors import MoeLensError, UsageError
 from moe_lens.router import ExpertRouter
 from tiny_models import save_checkpoint
@@ -89,6 +89,9 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
     (source / "LICENSE").write_text("free")
     (source / ".gitattributes").write_text("x")
     (source / "pytorch_model.bin").write_bytes(b"x")
+    (source / "pictures").mkdir()
+    (source / "pictures" / "dendrogram.png").write_bytes(b"of the parent")
+    (source / "report.json").write_text("{}")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool.jinja").write_text("x")
     (source / "README.md").write_text(
@@ -106,7 +109,9 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
         "model.safetensors",
         "model.safetensors.index.json",
         "modeling.py",
+        "pictures/plan.png",
         "plan.json",
+        "report.json",
         "tokenizer.json",
         "tokenizer_config.json",
     }

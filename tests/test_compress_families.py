@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load, load_model, quantize_model, save_config, save_model
 
 from moe_lens.compress import Plan, write
-from moe_lens.compress.checkpoint import write_checkpoint
-from moe_lens.compress.parent import Parent
+from moe_lens.compress.checkpoint.checkpoint import write_checkpoint
+from moe_lens.compress.tensors.parent import Parent
 from moe_lens.errors import UsageError
 from moe_lens.families import find_moe_layers
 from moe_lens.families.declaration import attribute

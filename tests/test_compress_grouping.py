@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from moe_lens.compress import Calibration, NothingToMergeError, plan_merge, plan_prune
-from moe_lens.compress.experts_per_token import candidates
-from moe_lens.compress.grouping import (
+from moe_lens.compress.merging.experts_per_token import candidates
+from moe_lens.compress.merging.grouping import (
     TOLERANCE,
     dendrogram,
     layer_tree,
     threshold_for_share,
     uniform_count,
 )
-from moe_lens.compress.identity import CorpusIdentity, ModelIdentity
-from moe_lens.compress.limits import Limits
-from moe_lens.compress.similarity import Similarity, similarity
-from moe_lens.compress.statistics import NOT_AN_EXPERT, LayerStatistics
+from moe_lens.compress.plan.identity import CorpusIdentity, ModelIdentity
+from moe_lens.compress.plan.limits import Limits
+from moe_lens.compress.statistics.routed_sums import RoutedSums
+from moe_lens.compress.statistics.similarity import Similarity, similarity
+from moe_lens.compress.statistics.statistics import NOT_AN_EXPERT, LayerStatistics
 from moe_lens.errors import UsageError
 
 CORPUS = CorpusIdentity("words", "f" * 64, 4, 1000)
@@ -42,10 +43,13 @@ def model(experts: int, k: int = 2, **changes: Any) -> ModelIdentity:
     return ModelIdentity(**{**plain, **changes})
 
 
-def statistics(total: np.ndarray, layer: int = 0, **changes: Any) -> LayerStatistics:
+def statistics(
+    total: np.ndarray, layer: int = 0, counts: np.ndarray | None = None, **changes: Any
+) -> LayerStatistics:
     """Statistics whose similarity is `total`: equal outputs, and overlap to match.
 
-    Every expert has 1000 tokens; a pair with Jaccard index j shares 2000 j / (1 + j) of them.
+    Every expert has 1000 tokens, unless `counts` says otherwise; a pair with Jaccard index j
+    shares 2000 j / (1 + j) of them. The REAP saliency of expert e is e + 1 where it has 1000.
     """
     experts = len(total)
     overlap = np.clip(2 * total - 1, 0, 1)
@@ -54,16 +58,28 @@ def statistics(total: np.ndarray, layer: int = 0, **changes: Any) -> LayerStatis
     outputs = np.clip(2 * total - overlap, 0, 1)
     plain: dict[str, Any] = {
         "layer": layer,
-        "counts": np.full(experts, 1000),
-        "weight_sums": np.full(experts, 500.0),
-        "norm_sums": np.full(experts, 1000.0),
-        "weighted_norm_sums": np.arange(1.0, experts + 1) * 1000,
+        "labels": {"": sums(np.full(experts, 1000) if counts is None else counts)},
         "together": together,
         "cosine_sums": outputs * 100,
         "cosine_counts": np.full((experts, experts), 100),
         "sampled_ids": np.zeros((0, 2), np.uint16),
     }
     return LayerStatistics(**{**plain, **changes})
+
+
+def sums(counts: np.ndarray) -> RoutedSums:
+    """Of 1000 tokens."""
+    weighted = np.arange(1.0, len(counts) + 1) * 1000
+    return RoutedSums(
+        tokens=1000,
+        counts=counts,
+        weight_sums=np.full(len(counts), 500.0),
+        norm_sums=np.full(len(counts), 1000.0),
+        square_sums=np.full(len(counts), 1000.0),
+        weighted_norm_sums=weighted,
+        weighted_square_sums=weighted,
+        max_activations=np.ones(len(counts)),
+    )
 
 
 def pairs(experts: int, inside: float, outside: float = 0.1) -> np.ndarray:

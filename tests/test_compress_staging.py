@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from moe_lens.compress import write
-from moe_lens.compress.staging import check_output, check_space, staged
+from moe_lens.compress.checkpoint.staging import check_output, check_space, staged
 from moe_lens.errors import MoeLensError, UsageError
 from twins import prepared
 
@@ -147,7 +147,7 @@ def test_a_model_that_lost_its_name_to_a_kill_gets_it_back(tmp_path: Path) -> No
 def test_a_killed_process_leaves_no_folder_of_that_name(tmp_path: Path) -> None:
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from moe_lens.compress.staging import staged\n"
+        "from moe_lens.compress.checkpoint.staging import staged\n"
         "with staged(Path(sys.argv[1])) as partial:\n"
         "    (partial / 'half').touch()\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,9 @@ import numpy as np
 import pytest
 
 from moe_lens.compress import Calibration, calibrate, similarity
-from moe_lens.compress.calibration import collect
-from moe_lens.compress.calibration_sink import CalibrationSink
-from moe_lens.compress.saliency import saliency
-from moe_lens.compress.statistics import LayerStatistics
+from moe_lens.compress.calibration.calibration import collect
+from moe_lens.compress.calibration.sink import CalibrationSink, Tokens
+from moe_lens.compress.statistics.statistics import LayerStatistics
 from moe_lens.corpus import read_corpus
 from moe_lens.errors import CaptureError, MoeLensError, UsageError
 from moe_lens.router import ExpertRouter
@@ -23,12 +24,26 @@ from twins import write_words
 TOKENS = [[(7 * i + 3 * j) % 126 for i in range(30 + 7 * j)] for j in range(5)]
 
 
+FAMILIES = [
+    "qwen3_moe",  # softmax, renormalised
+    "deepseek_v3",  # sigmoid with a selection bias, groups
+    "longcat_flash",  # identity experts
+    "gemma4",
+    "gpt_oss",
+    "dbrx",  # experts in a list
+    "nemotron_h",
+    "llama4",  # weights on the input
+]
+
+
 def open_tiny(name: str, folder: Path, experts: int = 8) -> ExpertRouter:
     return ExpertRouter.from_pretrained(save_checkpoint(name, folder / "model", experts=experts))
 
 
-def statistics_of(router: ExpertRouter, tokens: Any, sampled: int = 10**6) -> CalibrationSink:
-    sink = CalibrationSink(router.layers)
+def statistics_of(
+    router: ExpertRouter, tokens: Any, sampled: int = 10**6, **options: Any
+) -> CalibrationSink:
+    sink = CalibrationSink(router.layers, **options)
     collect(router, sink, tokens, sampled, seed=0)
     return sink
 
@@ -51,24 +66,36 @@ def captured(router: ExpertRouter, *values: str) -> dict[int, dict[str, np.ndarr
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3_moe", "deepseek_v3", "longcat_flash", "gemma4", "gpt_oss", "dbrx", "nemotron_h"],
+    FAMILIES,
 )
 def test_sums_equal_a_float64_calculation_from_captured_values(name: str, tmp_path: Path) -> None:
     router = open_tiny(name, tmp_path)
-    sink = statistics_of(router, TOKENS)
+    sink = statistics_of(router, TOKENS, mean_outputs=True)
     seen = captured(router, "expert_ids", "expert_weights", "expert_outputs")
     assert sink.tokens == sum(map(len, TOKENS))
     for found in sink.statistics:
         ids, weights, outputs = seen[found.layer].values()
+        routed = found.routed
+        assert routed.tokens == len(ids)
         for expert in range(found.num_experts):
             chosen = ids == expert
             norms = np.sqrt((outputs[chosen] ** 2).sum(axis=-1))
-            assert found.counts[expert] == chosen.sum()
-            np.testing.assert_allclose(found.weight_sums[expert], weights[chosen].sum(), rtol=1e-5)
-            np.testing.assert_allclose(found.norm_sums[expert], norms.sum(), rtol=1e-5)
-            np.testing.assert_allclose(
-                found.weighted_norm_sums[expert], (weights[chosen] * norms).sum(), rtol=1e-5
-            )
+            gates = np.ones_like(norms) if name == "llama4" else weights[chosen]
+            assert found.counts[expert] == routed.counts[expert] == chosen.sum()
+            expected = {
+                "weight_sums": weights[chosen].sum(),
+                "norm_sums": norms.sum(),
+                "square_sums": (norms**2).sum(),
+                "weighted_norm_sums": (gates * norms).sum(),
+                "weighted_square_sums": (gates**2 * norms**2).sum(),
+                "max_activations": np.abs(outputs[chosen]).max(initial=0.0),
+                "output_sums": outputs[chosen].sum(axis=0),
+            }
+            for sums, value in expected.items():
+                scale = np.abs(outputs[chosen]).sum(axis=0).max() if sums == "output_sums" else 0
+                np.testing.assert_allclose(
+                    getattr(routed, sums)[expert], value, rtol=1e-5, atol=1e-6 * scale
+                )
             for other in range(found.num_experts):
                 both = chosen.any(axis=1) & (ids == other).any(axis=1)
                 assert found.together[expert, other] == both.sum()
@@ -77,7 +104,7 @@ def test_sums_equal_a_float64_calculation_from_captured_values(name: str, tmp_pa
 def test_llama_4_outputs_carry_their_weight_once(tmp_path: Path) -> None:
     sink = statistics_of(open_tiny("llama4", tmp_path), TOKENS)
     for found in sink.statistics:
-        np.testing.assert_array_equal(found.weighted_norm_sums, found.norm_sums)
+        np.testing.assert_array_equal(found.routed.weighted_norm_sums, found.routed.norm_sums)
 
 
 def answers(router: ExpertRouter, layer: Any, inputs: np.ndarray) -> np.ndarray:
@@ -120,12 +147,39 @@ def test_output_similarity_equals_a_loop_over_tokens_and_pairs(tmp_path: Path) -
                     )
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "longcat_flash", "gpt_oss"])
+def test_router_logits_and_all_outputs_are_summed(name: str, tmp_path: Path) -> None:
+    router = open_tiny(name, tmp_path)
+    sink = statistics_of(router, TOKENS, mean_outputs=True)
+    seen = captured(router, "router_logits", "expert_inputs")
+    for layer, found in zip(router.layers, sink.statistics, strict=True):
+        logits, inputs = seen[layer.index].values()
+        assert found.logit_gram is not None
+        expected = logits.T @ logits
+        np.testing.assert_allclose(
+            found.logit_gram, expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max()
+        )
+        if name == "qwen3_moe":
+            means = answers(router, layer, inputs).mean(axis=0)
+            np.testing.assert_allclose(
+                found.mean_sampled_outputs(), means, rtol=1e-4, atol=1e-5 * np.abs(means).max()
+            )
+        routed = found.routed.mean_outputs()
+        assert routed.shape == found.mean_sampled_outputs().shape
+    plain = statistics_of(router, TOKENS[:1], similarity=False).statistics[0]
+    assert plain.logit_gram is None
+    with pytest.raises(UsageError, match="mean_outputs=True"):
+        plain.mean_sampled_outputs()
+    with pytest.raises(UsageError, match="mean_outputs=True"):
+        plain.routed.mean_outputs()
+
+
 def test_calibration_does_not_change_what_the_model_computes(tmp_path: Path) -> None:
     router = open_tiny("qwen3_moe", tmp_path)
     plain = router.forward([TOKENS[0]])
     mx.eval(plain)
     sink = CalibrationSink(router.layers)
-    sink.sampled = np.ones(len(TOKENS[0]), bool)
+    sink.next_tokens = replace(Tokens.plain(len(TOKENS[0])), sampled=np.ones(len(TOKENS[0]), bool))
     with router.recording(sink):
         watched = router.forward([TOKENS[0]])
         mx.eval(watched)
@@ -134,6 +188,29 @@ def test_calibration_does_not_change_what_the_model_computes(tmp_path: Path) -> 
     assert sink.tokens == len(TOKENS[0])
     assert bool(mx.array_equal(plain, watched))
     assert bool(mx.array_equal(plain, after))
+
+
+def test_a_model_that_changes_while_it_is_watched_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = open_tiny("qwen3_moe", tmp_path)
+    corpus = read_corpus(write_words(tmp_path / "words.jsonl", 2, 0))
+    forward, recording = router.forward, router.recording
+    watched: list[bool] = []
+
+    @contextmanager
+    def watching(*sinks: Any) -> Any:
+        with recording(*sinks):
+            watched.append(True)
+            yield
+            watched.pop()
+
+    monkeypatch.setattr(router, "recording", watching)
+    monkeypatch.setattr(
+        router, "forward", lambda *args: forward(*args) * (1.0 + 1e-6 * len(watched))
+    )
+    with pytest.raises(CaptureError, match="other logits while it is watched"):
+        calibrate(router, corpus, similarity=False)
 
 
 def test_pads_are_left_out(tmp_path: Path) -> None:
@@ -148,7 +225,9 @@ def test_pads_are_left_out(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found.together, total.together)
         np.testing.assert_array_equal(found.cosine_counts, total.cosine_counts)
         np.testing.assert_allclose(found.cosine_sums, total.cosine_sums, rtol=1e-6)
-        np.testing.assert_allclose(found.weighted_norm_sums, total.weighted_norm_sums, rtol=1e-6)
+        np.testing.assert_allclose(
+            found.routed.weighted_norm_sums, total.routed.weighted_norm_sums, rtol=1e-6
+        )
         assert len(found.sampled_ids) == len(total.sampled_ids) == sum(map(len, TOKENS))
 
 
@@ -176,9 +255,30 @@ def test_two_calibrations_add_up(tmp_path: Path) -> None:
     np.testing.assert_array_equal(
         both.layers[0].counts, first.layers[0].counts + second.layers[0].counts
     )
+    for one, other, total in zip(first.layers, second.layers, both.layers, strict=True):
+        assert one.logit_gram is not None
+        np.testing.assert_array_equal(total.logit_gram, one.logit_gram + other.logit_gram)
+        np.testing.assert_array_equal(
+            total.labels["a"].weighted_norm_sums,
+            one.labels["a"].weighted_norm_sums + other.labels["a"].weighted_norm_sums,
+        )
+        np.testing.assert_array_equal(
+            total.routed.max_activations,
+            np.maximum(one.routed.max_activations, other.routed.max_activations),
+        )
+        assert total.halves is not None
+        assert sum(half.tokens for half in total.halves) == both.tokens
     assert both.layer(1) is both.layers[0]
     with pytest.raises(UsageError, match="layer 0 has no routed experts"):
         both.layer(0)
+
+
+def test_calibrations_that_collected_different_things_do_not_add_up(tmp_path: Path) -> None:
+    router = open_tiny("qwen3_moe", tmp_path)
+    corpus = read_corpus(write_words(tmp_path / "words.jsonl", 2, 0))
+    one, other = (calibrate(router, corpus, similarity=asked) for asked in (True, False))
+    with pytest.raises(UsageError, match="collected different things"):
+        _ = one + other
 
 
 def test_calibrations_of_two_models_do_not_add_up(tmp_path: Path) -> None:
@@ -186,18 +286,6 @@ def test_calibrations_of_two_models_do_not_add_up(tmp_path: Path) -> None:
     second = calibrated(open_tiny("qwen3_moe", tmp_path / "b", experts=16), tmp_path, 1)
     with pytest.raises(UsageError, match="two models"):
         _ = first + second
-
-
-def test_saliencies(tmp_path: Path) -> None:
-    found = statistics_of(open_tiny("qwen3_moe", tmp_path, experts=16), TOKENS[:1]).statistics[0]
-    reap = saliency(found, "reap", 30)
-    assert np.isnan(reap[found.counts == 0]).all()
-    reached = found.counts > 0
-    expected = found.weighted_norm_sums[reached] / found.counts[reached]
-    np.testing.assert_array_equal(reap[reached], expected)
-    np.testing.assert_array_equal(saliency(found, "frequency", 30), found.counts / 30)
-    with pytest.raises(UsageError, match="reap, frequency"):
-        saliency(found, "magic", 30)
 
 
 def test_calibration_refuses_what_it_cannot_measure(tmp_path: Path) -> None:
@@ -221,7 +309,7 @@ def test_an_expert_that_answers_nan_is_named(tmp_path: Path) -> None:
 
 
 def test_an_expert_that_answers_nothing_is_like_another_such_only() -> None:
-    from moe_lens.compress.similarity import compare_outputs
+    from moe_lens.compress.statistics.similarity import compare_outputs
 
     outputs = np.zeros((1, 4, 3), np.float32)
     outputs[0, 2] = outputs[0, 3] = [1.0, 2.0, 3.0]

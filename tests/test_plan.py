@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from moe_lens.compress import ExpertGroup, LayerPlan, Plan, read_plan
-from moe_lens.compress.identity import CorpusIdentity, ModelIdentity, public_name
-from moe_lens.compress.json_text import dump
+from moe_lens.compress.plan.identity import CorpusIdentity, ModelIdentity, public_name
+from moe_lens.compress.plan.json_text import dump
 from moe_lens.errors import UsageError
 
 CORPUS = CorpusIdentity("words", "f" * 64, 4, 1000, 512, 3)
@@ -73,7 +73,7 @@ def layer_0(content: dict[str, Any]) -> dict[str, Any]:
     [
         (lambda c: c.update(format="x"), "this is no plan"),
         (lambda c: c.update(version=99), "version 99"),
-        (lambda c: c.update(kind="melt"), '"merge" or "prune"'),
+        (lambda c: c.update(kind="melt"), '"merge", "prune" or "channels"'),
         (lambda c: c.pop("model"), '"model" is missing'),
         (lambda c: c["model"].pop("num_experts"), '"model" of the plan is incomplete'),
         (lambda c: c["model"].update(colour="red"), '"model" of the plan is incomplete'),

@@ -12,11 +12,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from moe_lens.compress import Verification, verify
-from moe_lens.compress.bootstrap import Bootstrap, Measure
-from moe_lens.compress.held_out import check_held_out
-from moe_lens.compress.losses import compare
-from moe_lens.compress.verification import Loss
+from moe_lens.compress import LossTooLargeError, Verification, verify
+from moe_lens.compress.calibration.held_out import check_held_out
+from moe_lens.compress.verification.bootstrap import Bootstrap, Measure
+from moe_lens.compress.verification.losses import Comparison, compare
+from moe_lens.compress.verification.reading_cost import cost_sample, reading_cost
+from moe_lens.compress.verification.verification import Loss
+from moe_lens.compress.verification.verify import loss
 from moe_lens.corpus import Corpus, Prompt, read_corpus
 from moe_lens.errors import CaptureError, UsageError
 from moe_lens.router import ExpertRouter
@@ -43,7 +45,6 @@ def test_losses_equal_a_float64_calculation_prompt_by_prompt(tmp_path: Path) -> 
     first, second = open_tiny(tmp_path / "a"), open_tiny(tmp_path / "b", seed=1)
     [found] = compare(first.forward, [second.forward], TOKENS, 128)
     assert found.prompt.tolist() == [0] * 8 + [3] * 29 + [4]
-    assert found.timed_tokens == 9 + 30 + 2
     for prompt in (0, 3, 4):
         tokens = TOKENS[prompt]
         p, q = log_probabilities(first, tokens), log_probabilities(second, tokens)
@@ -53,6 +54,19 @@ def test_losses_equal_a_float64_calculation_prompt_by_prompt(tmp_path: Path) -> 
         np.testing.assert_allclose(found.nll_after[rows], -q[places], rtol=1e-5)
         np.testing.assert_allclose(found.kl[rows], (np.exp(p) * (p - q)).sum(-1), rtol=1e-4)
         np.testing.assert_array_equal(found.same_top1[rows], p.argmax(-1) == q.argmax(-1))
+
+
+def test_what_reading_costs_is_measured_on_the_longest_prompts(tmp_path: Path) -> None:
+    first, second = open_tiny(tmp_path / "a"), open_tiny(tmp_path / "b", seed=1)
+    sample = cost_sample(TOKENS)
+    assert sorted(map(len, sample)) == [2, 9, 30]
+    assert list(map(len, cost_sample([range(n) for n in (9, 5000, 3000)]))) == [5000]
+    read: list[int] = []
+    cost = reading_cost(first.forward, second.forward, sample, 128, read.append)
+    assert sum(read) == 41
+    assert cost.speed.before > 0 and cost.speed.after > 0
+    # The logits of all 41 tokens in float32 are in use at once; the model itself is counted apart.
+    assert min(cost.working_before, cost.working_after) >= 41 * 128 * 4
 
 
 def test_kl_of_a_token_that_is_ruled_out_is_no_nan() -> None:
@@ -70,9 +84,32 @@ def test_kl_of_a_token_that_is_ruled_out_is_no_nan() -> None:
     assert np.isinf(found.kl).all()
 
 
+def test_measures_of_known_tokens() -> None:
+    kl = np.arange(101.0)[::-1]
+    nll = np.log(np.repeat([2.0, 8.0], (50, 51)))
+    prompt = np.repeat(np.arange(10), (10, 10, 10, 10, 10, 10, 10, 10, 10, 11))
+    tokens = Comparison(prompt, nll, nll + np.log(1.5), kl, kl < 25.0)
+    found = loss(tokens)
+    assert found.kl.value == pytest.approx(50.0)
+    assert found.kl_99 == pytest.approx(99.0)
+    assert found.perplexity_before.value == pytest.approx(2 ** (50 / 101) * 8 ** (51 / 101))
+    assert found.perplexity_ratio.value == pytest.approx(1.5)
+    assert found.perplexity_ratio.standard_error == pytest.approx(0.0, abs=1e-12)
+    assert found.top1_agreement.value == pytest.approx(25 / 101)
+    assert (found.prompts, found.tokens) == (10, 101)
+
+
 @pytest.fixture
 def corpus(tmp_path: Path) -> Corpus:
     return read_corpus(write_words(tmp_path / "words.jsonl", 12, 5, labels="abc"))
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory: pytest.TempPathFactory) -> Verification:
+    """A model against itself, on two prompts."""
+    folder = tmp_path_factory.mktemp("equal")
+    router = open_tiny(folder / "model")
+    return verify(router, router, read_corpus(write_words(folder / "words.jsonl", 2, 5)))
 
 
 def test_a_model_lost_nothing_against_itself(tmp_path: Path, corpus: Corpus) -> None:
@@ -85,7 +122,16 @@ def test_a_model_lost_nothing_against_itself(tmp_path: Path, corpus: Corpus) -> 
     assert found.loss.perplexity_before == found.loss.perplexity_after
     assert found.loss.tokens == 12 * 39
     assert found.warnings == ()
-    assert seen[-1] == (480, 480)
+    done, total = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert done[-1] == total[-1]
+    assert set(total) == {total[0]}
+    # 12 prompts of 40 tokens are read, 12 beginnings continued by both models, 2 of them again.
+    assert total[0] == 2 * 480 + 2 * (12 + 2) * 64
+    assert found.drift.mean == Measure(0.0, 0.0, 0.0, 0.0)
+    assert found.repetition.change == Measure(0.0, 0.0, 0.0, 0.0)
+    assert found.stock_load is not None
+    assert found.stock_load.largest_difference == 0.0
     assert found.size_before.bytes == router.info.bytes
 
 
@@ -93,10 +139,16 @@ def test_another_model_is_a_large_loss(tmp_path: Path, corpus: Corpus) -> None:
     folders = [save_checkpoint("qwen3_moe", tmp_path / str(s), seed=s) for s in (0, 1)]
     found = verify(folders[0], folders[1], corpus)
     assert found.loss.kl.value > 0.1
+    assert found.loss.kl_99 > found.loss.kl.value
     assert any("KL divergence" in warning for warning in found.warnings)
     text = found.to_json()
     plain = json.loads(text)
     assert plain["loss"]["kl"]["value"] == found.loss.kl.value
+    assert plain["loss"]["kl_99"] == found.loss.kl_99
+    assert plain["memory"]["before"] > found.memory.weights_before == found.size_before.bytes
+    for speed in plain["tokens_per_second"].values():
+        assert speed["ratio"] == pytest.approx(speed["after"] / speed["before"])
+        assert speed["before"] > 0
     assert plain["original"] == "0"
     assert str(tmp_path) not in text
     assert set(plain["definitions"]) >= {"perplexity", "kl", "top1_agreement", "uncertainty"}
@@ -119,7 +171,8 @@ def test_labels_are_measured_apart_and_make_up_the_whole(tmp_path: Path, corpus:
 
 def test_the_same_seed_gives_the_same_intervals(tmp_path: Path, corpus: Corpus) -> None:
     first, second = open_tiny(tmp_path / "a"), open_tiny(tmp_path / "b", seed=1)
-    a, b, c = (verify(first, second, corpus, seed=seed).loss.kl for seed in (0, 0, 1))
+    few = corpus.sample(4, 0)
+    a, b, c = (verify(first, second, few, seed=seed).loss.kl for seed in (0, 0, 1))
     assert a == b
     assert a.value == c.value
     assert a.standard_error != c.standard_error
@@ -220,9 +273,49 @@ def test_models_of_two_vocabularies(tmp_path: Path) -> None:
     ("ratio", "kl", "count"),
     [(1.0, 0.01, 0), (1.10, 0.1, 0), (1.2, 0.01, 1), (1.2, 0.5, 2), (math.nan, math.inf, 2)],
 )
-def test_warnings(ratio: float, kl: float, count: int, tmp_path: Path, corpus: Corpus) -> None:
-    router = open_tiny(tmp_path / "model")
-    found: Verification = verify(router, router, corpus, sample_size=2)
-    loss: Loss = replace(found.loss, perplexity_ratio=Measure(ratio), kl=Measure(kl))
-    assert len(replace(found, loss=loss).warnings) == count
-    json.loads(replace(found, loss=loss).to_json())
+def test_warnings(ratio: float, kl: float, count: int, equal: Verification) -> None:
+    loss: Loss = replace(equal.loss, perplexity_ratio=Measure(ratio), kl=Measure(kl))
+    found = replace(equal, loss=loss)
+    assert len(found.warnings) == count
+    json.loads(found.to_json())
+    json.dumps(found.to_dict(), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (Measure(0.2, 0.05, 0.1, 0.3), True),
+        (Measure(0.2), True),
+        (Measure(0.2, 0.2, -0.1, 0.5), False),
+        (Measure(0.05, 0.01, 0.03, 0.07), False),
+        (Measure(-0.3, 0.01, -0.32, -0.28), False),
+    ],
+)
+def test_repetition_is_warned_of_when_it_is_sure(
+    change: Measure, said: bool, equal: Verification
+) -> None:
+    found = replace(equal, repetition=replace(equal.repetition, change=change))
+    assert [text for text in found.warnings if "repeats itself" in text] == list(found.warnings)
+    assert len(found.warnings) == said
+
+
+@pytest.mark.parametrize(
+    ("kl", "most", "passes"),
+    [
+        (0.1, None, True),
+        (0.1, 0.1, True),
+        (0.1, 0.0999, False),
+        (0.0, 0.0, True),
+        (math.nan, 1.0, False),
+        (math.inf, 1.0, False),
+    ],
+)
+def test_the_gate(kl: float, most: float | None, passes: bool, equal: Verification) -> None:
+    found = replace(equal, loss=replace(equal.loss, kl=Measure(kl, 0.02, 0.0, 0.2)))
+    if passes:
+        found.check(most)
+        return
+    with pytest.raises(LossTooLargeError, match=f"more than the {most:g} that --max-kl") as error:
+        found.check(most)
+    assert error.value.verification is found
+    json.dumps(error.value.evidence, allow_nan=False)

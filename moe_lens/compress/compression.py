@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from moe_lens.corpus import Corpus, read_corpus
+import mlx.core as mx
+
+from moe_lens.corpus import Corpus
 from moe_lens.errors import UsageError
 from moe_lens.loading import resolve
 
-from .calibration import calibrate
-from .card import write_card
-from .checkpoint import write_checkpoint
-from .experts_per_token import choose_experts_per_token
-from .held_out import check_held_out
-from .json_text import dump
-from .parent import open_parent
-from .plan import Plan
-from .planning import plan_merge, plan_prune
-from .saliency import METHODS
-from .staging import check_output, staged
-from .verification import Verification
-from .verify import verify
+from .calibration.held_out import check_held_out, remember_text
+from .calibration.texts import bundled_note, read_text
+from .checkpoint.checkpoint import write_checkpoint
+from .checkpoint.in_memory import in_memory
+from .checkpoint.model_file import forget_compiled
+from .checkpoint.staging import check_output, staged
+from .choice.asked import Asked
+from .merging.merging import Merging
+from .plan.json_text import dump
+from .plan.plan import Plan
+from .plan_stage import PlanStage, Reading
+from .report.commands import Texts, commands
+from .report.report_file import write_report
+from .tensors.parent import Parent, open_parent
+from .verification.stock_load import Live
+from .verification.verification import LossTooLargeError, Verification, check_max_kl
+from .verification.verify import verify
+
+if TYPE_CHECKING:
+    from moe_lens.router import ExpertRouter
 
 StageProgress = Callable[[str, int, int], None]
-"""(stage, done, in all); the stages are ``STAGES``, in this order."""
+"""(stage, done, in all); the stages are of ``STAGES``, in this order, and ``trying ...`` for each
+method that is tried."""
 
-STAGES = ("calibrating", "choosing experts per token", "writing", "verifying")
+STAGES = (
+    "calibrating",
+    "calibrating channels",
+    "sampling layers",
+    "measuring layers",
+    "choosing experts per token",
+    "repairing the router",
+    "writing",
+    "verifying",
+)
 
 Say = Callable[[str], None]
 
@@ -88,7 +108,15 @@ def compress(
     *,
     threshold: float | None = None,
     ratio: float | None = None,
-    method: str = "reap",
+    experts: int | None = None,
+    target_gb: float | None = None,
+    expert_width: float | None = None,
+    merge: bool = False,
+    method: str | None = None,
+    merging: Merging | None = None,
+    plan: Plan | str | Path | None = None,
+    repair_router: int | None = None,
+    per_layer: bool = False,
     output: str | Path | None = None,
     calibration: Corpus | str | Path | None = None,
     evaluation: Corpus | str | Path | None = None,
@@ -96,6 +124,11 @@ def compress(
     sequence_length: int | None = SEQUENCE_LENGTH,
     chat_template: bool = False,
     experts_per_token: int | None = None,
+    blend: str | None = None,
+    protect: bool = False,
+    statistics_file: str | Path | None = None,
+    stop_at: float | None = None,
+    max_kl: float | None = None,
     dry_run: bool = False,
     force: bool = False,
     seed: int = 0,
@@ -106,14 +139,38 @@ def compress(
 ) -> CompressionResult:
     """Make a smaller model of `name` that stock ``mlx_lm.load`` opens, and measure what it lost.
 
-    Give `threshold` to merge similar experts, or `ratio` to remove the least salient ones.
+    Say how small with `ratio`, `experts` or `target_gb`; the method that loses least at that size
+    is found by trying all of them, unless one is named. Or give `threshold` to merge what is
+    similar, `expert_width` to make every expert narrower, or a `plan`.
 
     Args:
         name: A folder, a hub id, or ``demo``.
         threshold: Merge experts whose similarity reaches this, above 0 and at most 1
             (`similarity.SCALE` says what 0, 0.5 and 1 mean).
-        ratio: Remove this share of the experts of each layer, between 0 and 1.
-        method: With `ratio`: ``reap`` or ``frequency``.
+        ratio: This share of the experts of each layer less, or as many bytes, between 0 and 1.
+        experts: So many experts in each layer, or as many bytes as they take.
+        target_gb: All weight files together take at most so many GB (10^9 bytes).
+        expert_width: Keep this many channels inside every expert (2 or more), or this share of
+            them (below 1; the nearest width that can be stored and loaded). Alone, or with a
+            size that then counts experts.
+        merge: With a size, merge so many experts into the others, not remove them.
+        method: With a size: ``auto`` tries all methods on a third of the calibration text, which
+            makes no plan; one of `saliency.METHODS` removes exactly so many experts, and
+            ``channels`` narrows all of them. None: ``auto``, or ``reap`` where an expert width, a
+            blend or the protection of super experts needs one method.
+        merging: How a merge groups experts and makes one of them. None: `merging.BY_THRESHOLD`
+            with a threshold and `merging.TO_A_NUMBER` with a size.
+        plan: A plan, or the path of its JSON, to apply as it is: the same plan on the same
+            checkpoint gives the same bytes.
+        repair_router: Train the rows of the smaller model's routers for so many steps to answer
+            as the parent does, on calibration text, and use them if that helps on the part of it
+            that is kept for comparing. None: do not.
+        per_layer: Layers may keep different numbers of experts. With a size and a method that
+            removes experts: by measured sensitivity (`layer_budget.DEFINITION`), at the bytes of
+            equal layers, where that loses less on calibration text that made no plan. With a
+            threshold: all groups that reach it, in every layer. Stock mlx-lm then
+            loads the result for ``trust_remote_code=True`` only, since it runs a small file that
+            comes with it.
         output: The folder to make; not needed for a dry run.
         calibration: Text to calibrate on; None for the bundled one.
         evaluation: Other text to measure the loss on; None for the bundled one.
@@ -122,6 +179,15 @@ def compress(
         chat_template: Render prompts through the tokenizer's chat template.
         experts_per_token: Of the smaller model. None keeps the parent's, except that a merge
             measures on calibration text whether fewer are better.
+        blend: With a size and one method, how the labels of the calibration text count:
+            ``max-min``, or weights such as ``code=2,prose=1``. None: each token alike.
+        protect: With a size and one method, keep the super experts (`super_experts.DEFINITION`).
+        statistics_file: Where the statistics of the calibration are kept. If the file is there,
+            it is read in place of calibrating, and refused if it is of another model or text.
+        stop_at: Stop calibrating when two halves of what was read rank the experts this much
+            alike (see `calibrate`). None: read all of the text.
+        max_kl: Refuse to leave a model whose mean KL divergence on the held-out text is above
+            this, in nats per token.
         dry_run: Stop after the plan; nothing is written.
         force: Replace a model that stands at `output`, once the new one is complete.
         seed: Of every random choice; the same seed gives the same model.
@@ -131,8 +197,12 @@ def compress(
         say: Called with each note as it arises; all notes are in the result as well.
 
     Raises:
-        UsageError: Arguments that cannot be met: neither or both of threshold and ratio, numbers
-            out of range, an output that exists, one text for both purposes, too few experts left.
+        UsageError: Arguments that cannot be met: nothing to do, a threshold together with a ratio
+            or a width, numbers out of range, an output that exists, one text for both purposes,
+            too few experts left, a width that cannot be stored, a size that cannot be reached (the
+            message names the smallest), a plan that does not add up or is for another model.
+        LossTooLargeError: The loss is above `max_kl`; nothing is written, and what stood at
+            `output` stays. It carries the verification.
         NothingToMergeError: No expert would disappear at this threshold; the message shows the
             similarities found and which threshold would save how much. Nothing is written.
         UnsupportedModelError: A model that cannot be compressed, with the reason.
@@ -140,7 +210,26 @@ def compress(
     """
     from moe_lens.router import ExpertRouter
 
-    _check(threshold, ratio, method, experts_per_token, output, dry_run)
+    asked = Asked(
+        threshold=threshold,
+        ratio=ratio,
+        experts=experts,
+        target_gb=target_gb,
+        expert_width=expert_width,
+        merge=merge,
+        merging=merging,
+        method=method,
+        plan=plan,
+        experts_per_token=experts_per_token,
+        blend=blend,
+        protect=protect,
+        statistics_file=statistics_file,
+        stop_at=stop_at,
+        repair_steps=repair_router,
+        per_layer=per_layer,
+    )
+    asked.check()
+    _check_result(output, max_kl, dry_run)
     source = resolve(name, revision)
     folder = None if output is None else Path(output).expanduser().absolute()
     if folder is not None and not dry_run:
@@ -151,56 +240,77 @@ def compress(
         learn, test = learn.sample(sample_size, seed), test.sample(sample_size, seed)
     notes.extend([*learn.notes, *test.notes])
     check_held_out(learn, test)
+    asked.check_text(learn)
 
     router = ExpertRouter.from_pretrained(source, trust_remote_code=trust_remote_code)
     router.name = str(name)
     notes.extend(router.notes)
-    statistics = calibrate(
-        router,
-        learn,
-        sequence_length=sequence_length,
-        similarity=threshold is not None,
-        chat_template=chat_template,
-        seed=seed,
-        progress=_stage(progress, STAGES[0]),
-    )
-    if threshold is not None:
-        plan = plan_merge(statistics, threshold, experts_per_token=experts_per_token)
-        if experts_per_token is None:
-            plan = choose_experts_per_token(
-                router,
-                statistics,
-                plan,
-                learn.tokenize(router.tokenizer, sequence_length, chat_template),
-                trust_remote_code=trust_remote_code,
-                seed=seed,
-                progress=_stage(progress, STAGES[1]),
-            )
-    else:
-        assert ratio is not None
-        plan = plan_prune(statistics, ratio, method, experts_per_token=experts_per_token)
-    plan = _with_settings(plan, sample_size, chat_template)
-    notes.extend(_unreached(statistics.unreached(), plan))
+    reading = Reading(sequence_length, chat_template, seed, trust_remote_code)
+    stage = PlanStage(router, asked, learn, reading, progress=progress, say=notes.add)
+    made = stage.plan()
+    if asked.plan is None:
+        made = remember_text(_with_settings(made, sample_size, chat_template), learn)
+    del stage
     if dry_run or folder is None:
-        return CompressionResult(plan, None, None, tuple(notes.all))
+        return CompressionResult(made, None, None, tuple(notes.all))
 
+    texts = Texts(calibration, evaluation, sample_size, sequence_length, chat_template, seed)
+    again = commands(
+        made,
+        folder.name,
+        asked if revision is None else None,  # the command line reads the newest only
+        texts,
+        _DEFAULTS,
+        trust_remote_code=trust_remote_code,
+    )
     with staged(folder, force=force, say=notes.add) as partial:
         parent = open_parent(source, trust_remote_code=trust_remote_code)
-        write_checkpoint(parent, plan, partial, progress=_stage(progress, STAGES[2]), say=notes.add)
-        smaller = ExpertRouter.from_pretrained(partial, trust_remote_code=trust_remote_code)
-        smaller.name = folder.name
+        write_checkpoint(parent, made, partial, progress=_stage(progress, "writing"), say=notes.add)
         found = verify(
             router,
-            smaller,
+            partial,
             test,
+            name=folder.name,
+            live=_live(router, parent, made, trust_remote_code),
+            trust_remote_code=trust_remote_code,
+            trust_model_file=made.per_layer,
             sequence_length=sequence_length,
             chat_template=chat_template,
             seed=seed,
-            progress=_stage(progress, STAGES[3]),
+            progress=_stage(progress, "verifying"),
         )
-        (partial / "verification.json").write_text(found.to_json(), encoding="utf-8")
-        write_card(partial, parent, plan, found)
-    return CompressionResult(plan, folder, found, tuple(notes.all))
+        forget_compiled(partial)
+        _check_loss(found, max_kl, folder)
+        write_report(partial, parent, made, again, found, notes.all)
+    return CompressionResult(made, folder, found, tuple(notes.all))
+
+
+_DEFAULTS = {
+    name: parameter.default for name, parameter in inspect.signature(compress).parameters.items()
+}
+
+
+def _check_loss(found: Verification, max_kl: float | None, folder: Path) -> None:
+    try:
+        found.check(max_kl)
+    except LossTooLargeError as error:
+        raise LossTooLargeError(
+            f"{error}; nothing was written to {folder}: remove less, calibrate on text like "
+            "yours, or leave --max-kl out to keep such a model",
+            found,
+        ) from None
+
+
+def _live(router: ExpertRouter, parent: Parent, plan: Plan, trust_remote_code: bool) -> Live | None:
+    """The plan applied in memory; None where the model brings code that only a folder can run."""
+    if parent.config.get("model_file"):
+        return None
+
+    def logits(tokens: Sequence[int]) -> mx.array:
+        smaller = in_memory(router, plan, trust_remote_code=trust_remote_code)
+        return smaller.forward([tokens])
+
+    return logits
 
 
 class _Notes:
@@ -222,27 +332,10 @@ class _Notes:
             self.add(note)
 
 
-def _check(
-    threshold: float | None,
-    ratio: float | None,
-    method: str,
-    experts_per_token: int | None,
-    output: str | Path | None,
-    dry_run: bool,
-) -> None:
-    if (threshold is None) == (ratio is None):
-        raise UsageError(
-            "give either a threshold (--threshold 0.8 merges similar experts) or a ratio "
-            "(--ratio 0.25 removes a quarter of them)"
-        )
-    if threshold is not None and not 0.0 < threshold <= 1.0:
-        raise UsageError(f"the threshold is {threshold:g}; it must be above 0 and at most 1")
-    if ratio is not None and not 0.0 < ratio < 1.0:
-        raise UsageError(f"the ratio is {ratio:g}; it must lie between 0 and 1")
-    if method not in METHODS:
-        raise UsageError(f"there is no method {method!r}; choose one of {', '.join(METHODS)}")
-    if experts_per_token is not None and experts_per_token < 1:
-        raise UsageError(f"the experts per token are {experts_per_token}; a token needs at least 1")
+def _check_result(output: str | Path | None, max_kl: float | None, dry_run: bool) -> None:
+    check_max_kl(max_kl)
+    if max_kl is not None and dry_run:
+        raise UsageError("a dry run measures no loss: leave out either --max-kl or --dry-run")
     if output is None and not dry_run:
         raise UsageError("give an output folder (--output DIR), or --dry-run to see the plan only")
 
@@ -253,40 +346,11 @@ def _texts(
     evaluation: Corpus | str | Path | None,
     notes: _Notes,
 ) -> tuple[Corpus, Corpus]:
-    learn = read_corpus("demo" if calibration is None else calibration)
-    test = read_corpus("demo:evaluation" if evaluation is None else evaluation)
-    bundled = [
-        what
-        for what, given in (("calibration", calibration), ("evaluation", evaluation))
-        if given is None
-    ]
-    if bundled:
-        note = f"{' and '.join(bundled)} on the text that comes with moe-lens"
-        if str(name) != "demo":
-            note += (
-                "; it is small and may not resemble what your model is for: give your own with "
-                "--data and --eval-data"
-            )
-        notes.add(note)
+    given = {"calibration": calibration, "evaluation": evaluation}
+    learn, test = (read_text(purpose, text) for purpose, text in given.items())
+    note = bundled_note(name, [purpose for purpose, text in given.items() if text is None])
+    notes.extend([] if note is None else [note])
     return learn, test
-
-
-def _unreached(experts: dict[int, tuple[int, ...]], plan: Plan) -> list[str]:
-    if not experts:
-        return []
-    listed = ", ".join(
-        f"layer {layer}: {' '.join(map(str, ids))}" for layer, ids in experts.items()
-    )
-    count = sum(map(len, experts.values()))
-    what = (
-        "their saliency is unknown and they were removed first"
-        if plan.kind == "prune"
-        else "nothing is known about their outputs when they are chosen"
-    )
-    return [
-        f"{count} experts were chosen by no calibration token, so {what} ({listed}); more or more "
-        "varied calibration text would tell"
-    ]
 
 
 def _with_settings(plan: Plan, sample_size: int | None, chat_template: bool) -> Plan:

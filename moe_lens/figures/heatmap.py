@@ -11,30 +11,25 @@ from __future__ import annotations
 
 import math
 import os
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
-from matplotlib.backends.backend_pdf import PdfPages
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from moe_lens.analysis.heatmap import FirstChoice, Heatmap, LayerExpert, TokenExpert
-from moe_lens.atomic import replacing
 from moe_lens.errors import UsageError
 
 from .colors import hex_color, readable_on, tag_color
 from .fonts import drawable, token_families
-from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named
+from .picture_file import FORMATS, picture_format, write_pages
+from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named, write_caption
 
 __all__ = ["FORMATS", "draw_heatmap", "save_heatmap"]
-
-FORMATS = ("png", "svg", "pdf")
 
 TOKENS_ON_A_PAGE = 64
 TOKEN_ROWS = 32  # more rows than this are set in two panels side by side, if experts leave room
@@ -44,7 +39,6 @@ TALLEST = 11.0  # inches of panels on one page
 ROW = 0.26  # inches of a row of cells with text in them
 LETTER = 0.093  # inches that a letter of a token text takes
 NUMBERED_COLUMNS = 24  # more columns than this leave no room for numbers in the cells
-LINE_LENGTH = 130
 
 
 def save_heatmap(
@@ -73,12 +67,7 @@ def save_heatmap(
         MoeLensError: The file cannot be written.
     """
     target = Path(path).expanduser()
-    kind = target.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise UsageError(
-            f"pictures are written as {', '.join(FORMATS)}, not {target.suffix or 'no ending'!r}; "
-            f"name the file {target.stem}.png"
-        )
+    kind = picture_format(target)
     pages = draw_heatmap(result, style=style, subtitle=subtitle)
     if len(pages) > 1 and kind != "pdf":
         tokens = len(getattr(result, "tokens", ()))
@@ -87,8 +76,7 @@ def save_heatmap(
             f"{math.ceil(tokens / len(pages))} of them at a time, or write a .pdf, which gets "
             f"{len(pages)} pages"
         )
-    with replacing(target) as part:
-        _write(pages, part, kind, dpi)
+    write_pages(pages, target, dpi)
     return target
 
 
@@ -120,7 +108,7 @@ def _draw_token_expert(result: TokenExpert, look: Style, title: str) -> list[Fig
             _draw_token_rows(axes, result, rows, look, scale, len(panels))
             # A shorter second panel keeps the row height of the first.
             axes.set_ylim(len(panels[0]) - 0.5, -0.5)
-        _caption(grid[0], result.definition, look)
+        write_caption(grid[0], result.definition, look)
         _color_bar(figure, grid, look, scale, "expert weight")
         pages.append(figure)
     return pages
@@ -148,7 +136,7 @@ def _draw_layer_expert(result: LayerExpert, look: Style, title: str) -> Figure:
     scale = Normalize(0.0, max(float(result.share.max()), 1e-9))
     axes.imshow(result.share, cmap=look.colors, norm=scale, aspect="auto", interpolation="nearest")
     look.dress(axes)
-    _caption(axes, result.definition, look)
+    write_caption(axes, result.definition, look)
     _expert_ticks(axes, tuple(range(columns)), columns)
     _layer_ticks(axes, result.layers)
     if columns <= NUMBERED_COLUMNS and rows <= 40:
@@ -178,7 +166,7 @@ def _draw_first_choice(result: FirstChoice, look: Style, title: str) -> list[Fig
             _draw_panel(axes, result, panel, [names[token] for token in panel], look)
             # A short last panel keeps the cell width of the full ones.
             axes.set_xlim(-0.5, widest - 0.5)
-        _caption(grid[0], result.definition, look)
+        write_caption(grid[0], result.definition, look)
         pages.append(figure)
     return pages
 
@@ -250,11 +238,6 @@ def _write_numbers(
         axes.text(column, row, number, ha="center", va="center", color=ink, fontsize=TICK_SIZE - 1)
 
 
-def _caption(axes: Any, definition: str, look: Style) -> None:
-    text = "\n".join(textwrap.wrap(definition, LINE_LENGTH))
-    axes.set_title(text, loc="left", fontsize=TEXT_SIZE - 1, color=look.ink, parse_math=False)
-
-
 def _color_bar(figure: Figure, axes: Any, look: Style, scale: Normalize, unit: str) -> Any:
     source = ScalarMappable(norm=scale, cmap=look.colors)
     # The bar's aspect follows the figure, so that it is as tall as the cells and no wider.
@@ -283,14 +266,3 @@ def _of_pages(shown: range, tokens: int) -> str:
     if len(shown) == tokens:
         return ""
     return f" (tokens {shown.start} to {shown.stop - 1} of {tokens})"
-
-
-def _write(pages: list[Figure], part: Path, kind: str, dpi: int) -> None:
-    if kind == "pdf":
-        with PdfPages(part, metadata={"CreationDate": None}) as pdf:
-            for page in pages:
-                pdf.savefig(page, facecolor=page.get_facecolor())
-        return
-    metadata = {"Date": None} if kind == "svg" else None
-    with rc_context({"svg.hashsalt": "moe-lens"}):  # else ids in the file are random
-        pages[0].savefig(part, format=kind, dpi=dpi, metadata=metadata)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,13 @@ from matplotlib.figure import Figure
 
 from moe_lens.errors import UsageError
 
-__all__ = ["STYLES", "Style", "style_named"]
+__all__ = ["STYLES", "Style", "style_named", "write_caption"]
 
 TITLE_SIZE, TEXT_SIZE, TICK_SIZE = 17, 12, 11
 # Width of a slide in inches; at 150 dots per inch it is 1920 pixels.
 PAGE_WIDTH, PAGE_HEIGHT = 12.8, 7.2
+LINE_LENGTH = 130
+"""Letters of a caption on a line."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,12 @@ class Style:
             label.set(color=self.ink, fontsize=TEXT_SIZE)
         for spine in axes.spines.values():
             spine.set_color(self.faint)
+
+
+def write_caption(axes: Any, text: str, look: Style) -> None:
+    """What the numbers of a picture mean, above its axes, in lines that fit the page."""
+    lines = "\n".join(textwrap.wrap(text, LINE_LENGTH))
+    axes.set_title(lines, loc="left", fontsize=TEXT_SIZE - 1, color=look.ink, parse_math=False)
 
 
 def style_named(name: str) -> Style:

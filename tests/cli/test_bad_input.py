@@ -107,16 +107,20 @@ def test_a_prompt_that_is_no_text(run: Any, files: Any, monkeypatch: pytest.Monk
         (["--threshold", "-1"], 2, ["-1"]),
         (["--threshold", "0"], 2, ["threshold"]),
         (["--threshold", "nan"], 2, ["nan"]),
-        (["--ratio", "0"], 2, ["ratio"]),
-        (["--ratio", "1"], 2, ["ratio"]),
-        (["--ratio", "nan"], 2, ["nan"]),
-        (["--ratio", "0.01"], 2, ["0.125"]),
-        (["--ratio", "0.9"], 2, ["keep 1"]),
+        (["--ratio", "0", "--method", "reap"], 2, ["ratio"]),
+        (["--ratio", "1", "--method", "reap"], 2, ["ratio"]),
+        (["--ratio", "nan", "--method", "reap"], 2, ["nan"]),
+        (["--ratio", "0.01", "--method", "reap"], 2, ["0.125"]),
+        (["--ratio", "0.9", "--method", "reap"], 2, ["keep 1"]),
         ([], 2, ["--threshold", "--ratio"]),
         (["--threshold", "0.5", "--ratio", "0.5"], 2, ["--threshold", "--ratio"]),
         (["--threshold", "0.5", "--method", "reap"], 2, ["--method", "--ratio"]),
-        (["--ratio", "0.5", "--experts-per-token", "5"], 2, ["5"]),
-        (["--ratio", "0.5", "--experts-per-token", "0"], 2, ["--experts-per-token"]),
+        (["--ratio", "0.5", "--method", "reap", "--experts-per-token", "5"], 2, ["5"]),
+        (
+            ["--ratio", "0.5", "--method", "reap", "--experts-per-token", "0"],
+            2,
+            ["--experts-per-token"],
+        ),
     ],
 )
 def test_compress(
@@ -129,7 +133,16 @@ def test_compress(
 
 
 def test_compress_texts(run: Any, files: Any, tmp_path: Path) -> None:
-    command = ["compress", files.moe, "--ratio", "0.25", "--output", tmp_path / "small"]
+    command = [
+        "compress",
+        files.moe,
+        "--ratio",
+        "0.25",
+        "--method",
+        "reap",
+        "--output",
+        tmp_path / "small",
+    ]
     check(run(*command, "--data", files.empty_text), 1, "empty.jsonl")
     check(run(*command, "--data", tmp_path / "missing"), 2, "missing")
     check(run(*command, "--data", files.text, "--eval-data", files.text), 2, "--eval-data")
@@ -137,7 +150,7 @@ def test_compress_texts(run: Any, files: Any, tmp_path: Path) -> None:
 
 
 def test_compress_output(run: Any, files: Any, tmp_path: Path) -> None:
-    command = ["compress", files.moe, "--ratio", "0.25"]
+    command = ["compress", files.moe, "--ratio", "0.25", "--method", "reap"]
     check(run(*command), 2, "--output")
     check(run(*command, "--output", files.moe, "--force"), 2, "the model that is read")
     check(run(*command, "--output", tmp_path), 2, "--force")
@@ -164,7 +177,9 @@ def test_outputs_that_cannot_be_written(run: Any, files: Any, tmp_path: Path) ->
     texts = ["--data", files.text, "--eval-data", files.other_text]
     inside = blocked / "inside"
     assert run("trace", files.moe, "--data", files.text, "--output", inside).code in (1, 2)
-    assert run("compress", files.moe, "--ratio", "0.25", *texts, "--output", inside).code in (1, 2)
+    assert run(
+        "compress", files.moe, "--ratio", "0.25", "--method", "reap", *texts, "--output", inside
+    ).code in (1, 2)
     check(run("heatmap", files.run, "--output", inside / "x.png"), 1)
     assert blocked.read_text() == "in the way"
     assert [each.name for each in tmp_path.iterdir()] == ["file"]

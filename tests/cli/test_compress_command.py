@@ -16,7 +16,7 @@ def words(files: Any) -> list[object]:
 
 def test_by_ratio(run: Any, words: list[object], tmp_path: Path) -> None:
     small = tmp_path / "small"
-    found = run(*words, "--ratio", "0.25", "--output", small)
+    found = run(*words, "--ratio", "0.25", "--method", "reap", "--output", small)
     assert found.code == 0
     assert "8 -> 6 experts" in found.out
     assert "held-out text" in found.out
@@ -51,26 +51,33 @@ def test_nothing_similar_enough(run: Any, words: list[object], tmp_path: Path) -
 
 
 def test_dry_run(run: Any, words: list[object], tmp_path: Path) -> None:
-    found = run(*words, "--ratio", "0.5", "--dry-run", "--output", tmp_path / "small")
+    found = run(
+        *words, "--ratio", "0.5", "--method", "reap", "--dry-run", "--output", tmp_path / "small"
+    )
     assert found.code == 0
     assert "8 -> 4 experts" in found.out
     assert "nothing was written" in found.err
     assert list(tmp_path.iterdir()) == []
-    assert run(*words, "--ratio", "0.5", "--dry-run", "--json").json["verification"] is None
+    assert (
+        run(*words, "--ratio", "0.5", "--method", "reap", "--dry-run", "--json").json[
+            "verification"
+        ]
+        is None
+    )
 
 
 def test_force(run: Any, words: list[object], tmp_path: Path) -> None:
     small = tmp_path / "small"
-    assert run(*words, "--ratio", "0.25", "--output", small).code == 0
-    assert run(*words, "--ratio", "0.5", "--output", small).code == 2
-    assert run(*words, "--ratio", "0.5", "--output", small, "--force").code == 0
+    assert run(*words, "--ratio", "0.25", "--method", "reap", "--output", small).code == 0
+    assert run(*words, "--ratio", "0.5", "--method", "reap", "--output", small).code == 2
+    assert run(*words, "--ratio", "0.5", "--method", "reap", "--output", small, "--force").code == 0
     assert json.loads((small / "config.json").read_text())["num_experts"] == 4
 
 
 def test_a_large_loss_is_a_warning(
     run: Any, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("moe_lens.compress.verification.MAX_KL", 0.0)
-    found = run(*words, "--ratio", "0.5", "--output", tmp_path / "small")
+    monkeypatch.setattr("moe_lens.compress.verification.verification.MAX_KL", 0.0)
+    found = run(*words, "--ratio", "0.5", "--method", "reap", "--output", tmp_path / "small")
     assert found.code == 0
     assert "warning: the loss is large: KL divergence" in found.err

@@ -10,7 +10,18 @@ from typing import Any
 
 import pytest
 
-COMMANDS = ("info", "families", "generate", "trace", "heatmap", "compress", "doctor")
+COMMANDS = (
+    "info",
+    "families",
+    "generate",
+    "trace",
+    "heatmap",
+    "compress",
+    "plan",
+    "frontier",
+    "verify",
+    "doctor",
+)
 HEAVY = ("mlx", "mlx_lm", "numpy", "scipy", "matplotlib", "transformers", "huggingface_hub")
 
 

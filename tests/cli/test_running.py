@@ -86,7 +86,16 @@ def test_ctrl_c(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sigterm_clears_up_like_ctrl_c(tmp_path: Path) -> None:
     """The folder of a compression that is ended while it verifies is gone."""
-    words = ["compress", "demo", "--ratio", "0.25", "--output", str(tmp_path / "small")]
+    words = [
+        "compress",
+        "demo",
+        "--ratio",
+        "0.25",
+        "--method",
+        "reap",
+        "--output",
+        str(tmp_path / "small"),
+    ]
     program = f"import sys; from moe_lens.cli import main; sys.exit(main({words!r}))"
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 300

@@ -1,0 +1,1 @@
+"""Trying plans before one is written: the best of all methods at one size."""

@@ -1,0 +1,1 @@
+"""Plans that merge experts: which belong together, and what becomes of them."""

@@ -1,0 +1,1 @@
+"""Plans that take experts, or channels inside them, away."""

@@ -1,0 +1,1 @@
+"""Training the router rows of a smaller model towards its parent."""

@@ -1,0 +1,1 @@
+"""Plans and verifications for people: tables, pictures, the model card, the hub."""
