@@ -91,7 +91,8 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
     (source / "pytorch_model.bin").write_bytes(b"x")
     (source / "pictures").mkdir()
     (source / "pictures" / "dendrogram.png").write_bytes(b"of the parent")
-    (source / "report.json").write_text("{}")
+    for of_the_parent in ("report.json", "card.json", "training.json"):
+        (source / of_the_parent).write_text("{}")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool.jinja").write_text("x")
     (source / "README.md").write_text(

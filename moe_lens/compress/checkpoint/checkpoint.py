@@ -37,6 +37,8 @@ _OURS = frozenset(
         "README.md",
         "plan.json",
         "report.json",
+        "card.json",
+        "training.json",
         "upcycling.json",
     }
 )
