@@ -53,8 +53,8 @@ class Choice:
         best, kl = self.best, self.best.loss.kl
         text = (
             f"{best.name} is used: of {len({t.name for t in self.trials})} methods at "
-            f"{self.limit / 1e6:.2f} MB or less it loses least on {best.loss.tokens} validation "
-            f"tokens of {best.loss.prompts} prompts, KL {kl}"
+            f"{self.limit / 1e6:.2f} MB or less it loses least on {best.loss.tokens:,} predicted "
+            f"tokens of {best.loss.prompts} validation prompts, KL {kl}"
         )
         other = next((trial for trial in self.trials if trial.name != best.name), None)
         if other is None:
