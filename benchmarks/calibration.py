@@ -17,24 +17,20 @@ on a longer text it costs less than here.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from capture import OneBlock
-from mlx_lm.models import qwen3_moe
+from capture import OneBlock, block_router
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+from turns import Measured, in_turns, paired, where
 
 from moe_lens.compress.calibration.calibration import batch_tokens, collect
 from moe_lens.compress.calibration.sink import CalibrationSink
@@ -44,6 +40,9 @@ from moe_lens.router import ExpertRouter
 
 TARGET = 1.15
 """The most the routed sums may cost, as a multiple of the plain forward."""
+
+EXPERT_WIDTH = 384
+"""Of the random block."""
 
 SAMPLED = 8
 """Every expert is evaluated on one token of so many, where similarities are asked for."""
@@ -101,76 +100,27 @@ VARIANTS: dict[str, Unit] = {
 }
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The turns of one variant, in seconds."""
-
-    variant: str
-    cpu: list[float]
-    wall: list[float]
-
-
-def block_router() -> ExpertRouter:
-    """One random block with the proportions of Qwen3-30B-A3B, at half its hidden size."""
-    mx.random.seed(0)
-    args = qwen3_moe.ModelArgs.from_dict(
-        dict(
-            model_type="qwen3_moe",
-            vocab_size=256,
-            hidden_size=1024,
-            intermediate_size=1024,
-            moe_intermediate_size=384,
-            num_hidden_layers=1,
-            num_attention_heads=8,
-            num_key_value_heads=8,
-            num_experts=64,
-            num_experts_per_tok=8,
-            norm_topk_prob=True,
-            decoder_sparse_step=1,
-            mlp_only_layers=[],
-            head_dim=128,
-            tie_word_embeddings=False,
-            rms_norm_eps=1e-6,
-            rope_theta=10000.0,
-            max_position_embeddings=4096,
-        )
-    )
-    model = OneBlock(qwen3_moe.Qwen3MoeSparseMoeBlock(args))
-    mx.eval(model.parameters())
-    return ExpertRouter(model, None, {"model_type": "qwen3_moe"}, name="one qwen3_moe block")
-
-
 def cases() -> list[tuple[ExpertRouter, Tokens]]:
-    """The bundled model on its calibration text, and one block on random tokens."""
+    """The bundled model on its calibration text, and one block on random tokens.
+
+    The block has the proportions of Qwen3-30B-A3B, at half its hidden size.
+    """
     demo = ExpertRouter.from_pretrained("demo")
     text = read_corpus("demo").sample(16).tokenize(demo.tokenizer, 512)
     drawn = np.random.default_rng(0)
     return [
         (demo, [list(ids) for ids in text]),
-        (block_router(), [drawn.integers(0, 256, 256).tolist() for _ in range(4)]),
+        (
+            block_router("qwen3_moe", EXPERT_WIDTH),
+            [drawn.integers(0, 256, 256).tolist() for _ in range(4)],
+        ),
     ]
 
 
 def measure(router: ExpertRouter, tokens: Tokens, repetitions: int) -> list[Measured]:
-    """Run every variant in turns, after one turn that is not counted."""
-    names = list(VARIANTS)
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    for turn in track(range(repetitions + 1), description=router.name, transient=True):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            gc.collect()
-            wall_start, cpu_start = time.perf_counter(), time.process_time()
-            VARIANTS[name](router, tokens)
-            if turn:
-                cpu[name].append(time.process_time() - cpu_start)
-                wall[name].append(time.perf_counter() - wall_start)
-    return [Measured(name, cpu[name], wall[name]) for name in names]
-
-
-def ratio(variant: list[float], base: list[float]) -> float:
-    """The median over the turns of variant / plain."""
-    return statistics.median(v / p for v, p in zip(variant, base, strict=True))
+    """Run every variant in turns."""
+    variants = {name: partial(unit, router, tokens) for name, unit in VARIANTS.items()}
+    return in_turns(variants, repetitions, router.name)
 
 
 def show(console: Console, title: str, results: list[Measured]) -> float:
@@ -184,14 +134,14 @@ def show(console: Console, title: str, results: list[Measured]) -> float:
         table.add_row(
             each.variant,
             f"{statistics.median(each.wall):.2f} s",
-            f"{ratio(each.wall, base.wall):.3f}",
-            f"{ratio(each.cpu, base.cpu):.3f}",
+            f"{paired(each.wall, base.wall):.3f}",
+            f"{paired(each.cpu, base.cpu):.3f}",
         )
     console.print(table)
     found = next(each for each in results if each.variant == "routed sums")
     if mx.default_device() == mx.Device(mx.cpu):
-        return ratio(found.cpu, base.cpu)
-    return ratio(found.wall, base.wall)
+        return paired(found.cpu, base.cpu)
+    return paired(found.wall, base.wall)
 
 
 def main() -> None:
@@ -200,13 +150,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write all samples to this file")
     options = parser.parse_args()
     console = Console()
-    report: dict[str, Any] = {
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
-        "device": str(mx.default_device()),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "results": {},
-    }
+    report: dict[str, Any] = {**where(), "results": {}}
     for router, tokens in cases():
         title = f"{router.name}: {sum(map(len, tokens)):,} tokens"
         results = measure(router, tokens, options.repetitions)

@@ -14,14 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +26,8 @@ import numpy as np
 from mlx_lm.generate import generate_step
 from mlx_lm.models import deepseek_v3, qwen3_moe
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
+from turns import Measured, in_turns, paired, where
 
 from moe_lens.errors import MoeLensError
 from moe_lens.router import ExpertRouter
@@ -81,14 +76,14 @@ class OneBlock(nn.Module):
         return output
 
 
-def _block(name: str) -> nn.Module:
+def _block(name: str, expert_width: int) -> nn.Module:
     """A block of hidden size 1024 with 64 experts, 8 of them active."""
     shared: dict[str, Any] = dict(
         model_type=name,
         vocab_size=VOCAB,
         hidden_size=HIDDEN,
         intermediate_size=HIDDEN,
-        moe_intermediate_size=EXPERT_WIDTH,
+        moe_intermediate_size=expert_width,
         num_hidden_layers=1,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -109,10 +104,10 @@ def _block(name: str) -> nn.Module:
     return block
 
 
-def block_router(name: str) -> ExpertRouter:
+def block_router(name: str, expert_width: int = EXPERT_WIDTH) -> ExpertRouter:
     """A router over one random block."""
     mx.random.seed(0)
-    model = OneBlock(_block(name))
+    model = OneBlock(_block(name, expert_width))
     mx.eval(model.parameters())
     return ExpertRouter(model, None, {"model_type": name}, name=f"{name} block")
 
@@ -139,38 +134,18 @@ def units(router: ExpertRouter) -> dict[str, Callable[[], None]]:
     return {"prefill": prefill, "decoding": decode_block if is_block else decode_model}
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The units of one variant, in seconds: one entry for each repetition."""
-
-    variant: str
-    cpu: list[float]
-    wall: list[float]
-
-
 def measure(router: ExpertRouter, work: Unit, repetitions: int, what: str) -> list[Measured]:
-    """Run every variant `repetitions` times in turns, after one turn that is not counted."""
-    cpu: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    wall: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    names = list(VARIANTS)
-    for turn in track(range(repetitions + 1), description=what, transient=True):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            gc.collect()
-            wall_start, cpu_start = time.perf_counter(), time.process_time()
-            with VARIANTS[name](router):
+    """Run every variant in turns."""
+
+    def watched(watch: Watch) -> Unit:
+        def run() -> None:
+            with watch(router):
                 work()
-            cpu_time = time.process_time() - cpu_start
-            wall_time = time.perf_counter() - wall_start
-            if turn:
-                cpu[name].append(cpu_time)
-                wall[name].append(wall_time)
-    return [Measured(name, cpu[name], wall[name]) for name in names]
 
+        return run
 
-def paired(variant: list[float], plain: list[float]) -> float:
-    """The median over the turns of variant / plain."""
-    return statistics.median(v / p for v, p in zip(variant, plain, strict=True))
+    variants = {name: watched(watch) for name, watch in VARIANTS.items()}
+    return in_turns(variants, repetitions, what)
 
 
 def show(console: Console, title: str, results: list[Measured], repetitions: int) -> None:
@@ -209,13 +184,7 @@ def main() -> None:
         "prefill": options.prefill_repetitions,
         "decoding": options.decoding_repetitions,
     }
-    report: dict[str, Any] = {
-        "mlx": version("mlx"),
-        "mlx_lm": version("mlx-lm"),
-        "device": str(mx.default_device()),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "results": {},
-    }
+    report: dict[str, Any] = {**where(), "results": {}}
     for router in routers:
         for kind, work in units(router).items():
             amount = f"{PREFILL} tokens" if kind == "prefill" else f"{DECODED} tokens, one by one"

@@ -31,6 +31,7 @@ from .options import (
     Json,
     MaxKl,
     Model,
+    PromptLength,
     Seed,
     TrustRemoteCode,
 )
@@ -193,9 +194,7 @@ def compress(
     sample_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Use N prompts of each text at most.")
     ] = 128,
-    sequence_length: Annotated[
-        int, typer.Option(metavar="TOKENS", min=1, help="Cut longer prompts here.")
-    ] = 512,
+    sequence_length: PromptLength = 512,
     chat_template: ChatTemplate = False,
     experts_per_token: Annotated[
         int | None,

@@ -13,6 +13,7 @@ from .options import (
     ChatTemplate,
     Json,
     Model,
+    PromptLength,
     Seed,
     TrustRemoteCode,
 )
@@ -49,9 +50,7 @@ def frontier(
     sample_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Use N prompts at most.")
     ] = 128,
-    sequence_length: Annotated[
-        int, typer.Option(metavar="TOKENS", min=1, help="Cut longer prompts here.")
-    ] = 512,
+    sequence_length: PromptLength = 512,
     chat_template: ChatTemplate = False,
     experts_per_token: Annotated[
         int | None,

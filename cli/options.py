@@ -94,6 +94,10 @@ SequenceLength = Annotated[
     typer.Option(metavar="TOKENS", min=1, help="Cut longer prompts after this many tokens."),
 ]
 
+PromptLength = Annotated[
+    int, typer.Option(metavar="TOKENS", min=1, help="Cut longer prompts here.")
+]
+
 EvalData = Annotated[
     str | None,
     typer.Option(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from . import screen
-from .options import ChatTemplate, EvalData, Json, MaxKl, Seed, TrustRemoteCode
+from .options import ChatTemplate, EvalData, Json, MaxKl, PromptLength, Seed, TrustRemoteCode
 from .progress import stages
 from .verification import show_verification
 
@@ -37,9 +37,7 @@ def verify(
     sample_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Use N prompts at most, drawn with --seed.")
     ] = 128,
-    sequence_length: Annotated[
-        int, typer.Option(metavar="TOKENS", min=1, help="Cut longer prompts here.")
-    ] = 512,
+    sequence_length: PromptLength = 512,
     chat_template: ChatTemplate = False,
     max_kl: MaxKl = None,
     seed: Seed = 0,

@@ -5,14 +5,11 @@ Half of the experts go as well, so that both ways are tried together.
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
 from moe_lens.compress import simulated, width_for
 from moe_lens.errors import UnsupportedModelError
@@ -21,36 +18,26 @@ from test_compress_families import (
     ROUNDS_ITS_OUTPUT,
     TOKENS,
     open_router,
+    save_in_mode,
     stock_load,
     write_smaller,
 )
-from tiny_models import CONFIGS, save_checkpoint
+from tiny_models import CONFIGS
 from twins import kept_per_layer, narrow_plan
 
 NO_WIDTH_OF_ITS_OWN = {"jamba", "phixtral", "llama4", "deepseek_v41", "deepseek_v41/softmax"}
 """The number that sets the width of the experts also sets other weights, or there is none."""
 
-MODES = ("float32", "affine", "mxfp4")
-
-
-def save_in_mode(name: str, folder: Path, mode: str) -> Path:
-    """The tiny model with 16 experts, quantised as ``mlx_lm.convert`` does it."""
-    source = save_checkpoint(name, folder, experts=16)
-    if mode == "float32":
-        return source
-    model, config = load_model(source)
-    with contextlib.redirect_stdout(io.StringIO()):
-        model, config = quantize_model(model, config, 32, 4, mode=mode)
-    save_model(source, model, donate_model=True)
-    save_config(config, source / "config.json")
-    return source
+MODES = (None, "affine", "mxfp4")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_narrower_model_equals_the_masked_original(name: str, mode: str, tmp_path: Path) -> None:
-    if mode != "float32" and name in NOT_IN_4_BIT:
+def test_narrower_model_equals_the_masked_original(
+    name: str, mode: str | None, tmp_path: Path
+) -> None:
+    if mode is not None and name in NOT_IN_4_BIT:
         pytest.skip("its own rule leaves experts in half precision, which no CPU multiplies")
     source = save_in_mode(name, tmp_path / "source", mode)
     router = open_router(name, source)
@@ -60,7 +47,7 @@ def test_narrower_model_equals_the_masked_original(name: str, mode: str, tmp_pat
         return
     width = width_for(router.config, router.layers, 0.5)
     # Whole groups of the tiny models' 32: nothing is quantised again, so nothing is rounded.
-    group = 1 if mode == "float32" else 32
+    group = 1 if mode is None else 32
     plan = narrow_plan(router, width, kept_per_layer(router, 8), whole_groups_of=group)
     with simulated(router, plan):
         masked = router.forward(TOKENS)

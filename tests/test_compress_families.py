@@ -115,15 +115,23 @@ MERGED = (
 )
 
 
-def save_in_mode(name: str, folder: Path, mode: str | None) -> Path:
-    """The tiny model with 16 experts; `mode` quantises everything that can be, routers too."""
+def save_in_mode(name: str, folder: Path, mode: str | None, *, routers_too: bool = False) -> Path:
+    """The tiny model with 16 experts, quantised as ``mlx_lm.convert`` does it.
+
+    With `routers_too`, everything is quantised that can be.
+    """
     source = save_checkpoint(name, folder, experts=16)
     if mode is None:
         return source
     model, config = load_model(source)
     with contextlib.redirect_stdout(io.StringIO()):
         model, config = quantize_model(
-            model, config, 32, 4, mode=mode, quant_predicate=lambda path, module: True
+            model,
+            config,
+            32,
+            4,
+            mode=mode,
+            quant_predicate=(lambda path, module: True) if routers_too else None,
         )
     save_model(source, model, donate_model=True)
     save_config(config, source / "config.json")
@@ -219,7 +227,7 @@ def groups_of_each_layer(router: ExpertRouter) -> dict[int, list[tuple[int, ...]
 @pytest.mark.parametrize("mode", [None, "affine", "mxfp4"])
 @pytest.mark.parametrize("name", MERGED)
 def test_merged_rows_are_the_weighted_mean(name: str, mode: str | None, tmp_path: Path) -> None:
-    source = save_in_mode(name, tmp_path / "source", mode)
+    source = save_in_mode(name, tmp_path / "source", mode, routers_too=True)
     router = ExpertRouter.from_pretrained(source)
     groups = groups_of_each_layer(router)
     output = write(merge_plan(router, groups), source, tmp_path / "smaller")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .checkpoint.checkpoint import Progress, write_checkpoint
-from .checkpoint.staging import Say, check_output, staged
+from .checkpoint.checkpoint import write_checkpoint
+from .checkpoint.staging import check_output, staged
 from .checkpoint.tensor_file import SHARD_BYTES
 from .plan.plan import Plan
 from .plan.plan_json import read_plan, validate
 from .report.commands import commands
 from .report.report_file import write_report
+from .telling import Progress, Say
 from .tensors.parent import open_parent
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from .plan.plan import Plan
 from .plan_stage import PlanStage, Reading
 from .report.commands import Texts, commands
 from .report.report_file import write_report
+from .telling import Say, StageProgress, of_stage
 from .tensors.parent import Parent, open_parent
 from .verification.stock_load import Live
 from .verification.verification import LossTooLargeError, Verification, check_max_kl
@@ -34,10 +35,6 @@ from .verification.verify import verify
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
-
-StageProgress = Callable[[str, int, int], None]
-"""(stage, done, in all); the stages are of ``STAGES``, in this order, and ``trying ...`` for each
-method that is tried."""
 
 STAGES = (
     "calibrating",
@@ -49,8 +46,8 @@ STAGES = (
     "writing",
     "verifying",
 )
-
-Say = Callable[[str], None]
+"""What the progress of `compress` names, in this order, and ``trying ...`` for each method that is
+tried."""
 
 SAMPLE_SIZE = 128
 SEQUENCE_LENGTH = 512
@@ -265,7 +262,9 @@ def compress(
     )
     with staged(folder, force=force, say=notes.add) as partial:
         parent = open_parent(source, trust_remote_code=trust_remote_code)
-        write_checkpoint(parent, made, partial, progress=_stage(progress, "writing"), say=notes.add)
+        write_checkpoint(
+            parent, made, partial, progress=of_stage(progress, "writing"), say=notes.add
+        )
         found = verify(
             router,
             partial,
@@ -277,7 +276,7 @@ def compress(
             sequence_length=sequence_length,
             chat_template=chat_template,
             seed=seed,
-            progress=_stage(progress, "verifying"),
+            progress=of_stage(progress, "verifying"),
         )
         forget_compiled(partial)
         _check_loss(found, max_kl, folder)
@@ -356,9 +355,3 @@ def _texts(
 def _with_settings(plan: Plan, sample_size: int | None, chat_template: bool) -> Plan:
     settings = {**plan.settings, "sample_size": sample_size, "chat_template": chat_template}
     return replace(plan, settings=settings)
-
-
-def _stage(progress: StageProgress | None, stage: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(stage, done, total)

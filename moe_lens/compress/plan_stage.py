@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,6 +34,7 @@ from .repair.router_repair import repair_router
 from .repair.router_training import check_trainable
 from .statistics.blending import Blend
 from .statistics.statistics import Calibration
+from .telling import Progress, Say, StageProgress, of_stage
 from .tensors.parent import open_parent
 from .tensors.regroup import describe
 from .tensors.size_table import SizeTable
@@ -42,9 +42,6 @@ from .tensors.unpacked import unpacked
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
-
-StageProgress = Callable[[str, int, int], None]
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -327,11 +324,8 @@ class PlanStage:
         self.say(str(found.evidence["router_repair"]["text"]))
         return found
 
-    def _stage(self, stage: str) -> Callable[[int, int], None] | None:
-        progress = self.progress
-        if progress is None:
-            return None
-        return lambda done, total: progress(stage, done, total)
+    def _stage(self, stage: str) -> Progress | None:
+        return of_stage(self.progress, stage)
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from moe_lens.errors import UsageError
 
 from .colors import hex_color
-from .picture_file import picture_format, write_pages
+from .picture_file import write_picture
 from .plan import KEPT, REMOVED
 from .styles import TICK_SIZE, Style, style_named, write_caption
 
@@ -37,10 +37,7 @@ def save_choice(
         UsageError: No methods were tried for this plan, or the format or style is not known.
         MoeLensError: The file cannot be written.
     """
-    target = Path(path).expanduser()
-    picture_format(target)
-    write_pages([draw_choice(plan, style=style)], target, dpi)
-    return target
+    return write_picture(path, lambda: draw_choice(plan, style=style), dpi)
 
 
 def draw_choice(plan: Plan, *, style: str = "light") -> Figure:

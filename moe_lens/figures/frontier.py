@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .colors import hex_color, tag_color
-from .picture_file import picture_format, write_pages
+from .picture_file import write_picture
 from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named
 
 if TYPE_CHECKING:
@@ -49,10 +49,7 @@ def save_frontier(
         UsageError: The format or style is not known.
         MoeLensError: The file cannot be written.
     """
-    target = Path(path).expanduser()
-    picture_format(target)
-    write_pages([draw_frontier(result, style=style)], target, dpi)
-    return target
+    return write_picture(path, lambda: draw_frontier(result, style=style), dpi)
 
 
 def draw_frontier(result: Frontier, *, style: str = "light") -> Figure:

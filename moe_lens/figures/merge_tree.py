@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from moe_lens.errors import UsageError
 
 from .colors import RGB, contrast, hex_color, tag_color
-from .picture_file import picture_format, write_pages
+from .picture_file import write_picture
 from .styles import TICK_SIZE, Style, style_named, write_caption
 
 if TYPE_CHECKING:
@@ -45,10 +45,7 @@ def save_merge_tree(
         UsageError: The plan has no tree, or the format or style is not known.
         MoeLensError: The file cannot be written.
     """
-    target = Path(path).expanduser()
-    picture_format(target)
-    write_pages([draw_merge_tree(plan, style=style)], target, dpi)
-    return target
+    return write_picture(path, lambda: draw_merge_tree(plan, style=style), dpi)
 
 
 def draw_merge_tree(plan: Plan, *, style: str = "light") -> Figure:

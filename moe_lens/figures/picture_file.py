@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -14,7 +15,7 @@ from PIL import Image
 from moe_lens.atomic import replacing
 from moe_lens.errors import UsageError
 
-__all__ = ["FORMATS", "picture_format", "write_pages", "write_small"]
+__all__ = ["FORMATS", "picture_format", "write_pages", "write_picture", "write_small"]
 
 FORMATS = ("png", "svg", "pdf")
 
@@ -52,6 +53,19 @@ def write_pages(pages: list[Figure], target: Path, dpi: int) -> None:
         metadata = {"Date": None} if kind == "svg" else None
         with rc_context({"svg.hashsalt": "moe-lens"}):  # else ids in the file are random
             pages[0].savefig(part, format=kind, dpi=dpi, metadata=metadata)
+
+
+def write_picture(path: str | os.PathLike[str], draw: Callable[[], Figure], dpi: int = 150) -> Path:
+    """Draw one figure and write it, whole or not at all; returns where.
+
+    Raises:
+        UsageError: As `picture_format`, before anything is drawn; and as `draw`.
+        MoeLensError: The file cannot be written.
+    """
+    target = Path(path).expanduser()
+    picture_format(target)
+    write_pages([draw()], target, dpi)
+    return target
 
 
 def write_small(page: Figure, target: Path, dpi: int = 100) -> None:

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from .colors import RGB, hex_color, readable_on, tag_color
-from .picture_file import picture_format, write_pages
+from .picture_file import write_picture
 from .styles import TICK_SIZE, Style, style_named, write_caption
 
 if TYPE_CHECKING:
@@ -58,10 +58,7 @@ def save_plan(
         UsageError: The format or style is not known.
         MoeLensError: The file cannot be written.
     """
-    target = Path(path).expanduser()
-    picture_format(target)
-    write_pages([draw_plan(plan, style=style)], target, dpi)
-    return target
+    return write_picture(path, lambda: draw_plan(plan, style=style), dpi)
 
 
 def draw_plan(plan: Plan, *, style: str = "light") -> Figure:

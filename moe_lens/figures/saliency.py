@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from moe_lens.errors import UsageError
 
 from .colors import hex_color
-from .picture_file import picture_format, write_pages
+from .picture_file import write_picture
 from .plan import KEPT, REMOVED
 from .styles import TICK_SIZE, Style, style_named, write_caption
 
@@ -41,10 +41,7 @@ def save_saliency(
         UsageError: The plan has no saliencies, or the format or style is not known.
         MoeLensError: The file cannot be written.
     """
-    target = Path(path).expanduser()
-    picture_format(target)
-    write_pages([draw_saliency(plan, style=style)], target, dpi)
-    return target
+    return write_picture(path, lambda: draw_saliency(plan, style=style), dpi)
 
 
 def draw_saliency(plan: Plan, *, style: str = "light") -> Figure:

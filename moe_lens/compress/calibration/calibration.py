@@ -7,7 +7,7 @@ so it is done for a bounded random sample of tokens, by calling the model's own 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from moe_lens.compress.plan.identity import (
 )
 from moe_lens.compress.statistics.convergence import rank_stability
 from moe_lens.compress.statistics.statistics import UNLABELLED, Calibration, Collected
+from moe_lens.compress.telling import Progress
 from moe_lens.corpus import Corpus
 from moe_lens.corpus.batches import pad, plan_batches, plan_shards
 from moe_lens.errors import CaptureError, UnsupportedModelError, UsageError
@@ -32,7 +33,6 @@ from .sink import CalibrationSink, Tokens
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
 
-Progress = Callable[[int, int], None]
 
 SIMILARITY_TOKENS = 2048
 """Sampled tokens on which every expert is evaluated: with 16 of 2 experts active a pair is

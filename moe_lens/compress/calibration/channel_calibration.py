@@ -6,7 +6,7 @@ experts' outputs or more; each batch of it is reduced to sums and dropped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.compress.statistics.channel_statistics import ChannelCalibration, ChannelStatistics
+from moe_lens.compress.telling import Progress
 from moe_lens.compress.tensors.merge import unpack
 from moe_lens.compress.tensors.quantisation import Quantisation
 from moe_lens.corpus import Corpus
@@ -29,7 +30,6 @@ from .checks import check_untouched, check_values
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
 
-Progress = Callable[[int, int], None]
 
 _BATCH_BYTES = 256 << 20
 

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.compress.statistics.similarity import evaluate_all
+from moe_lens.compress.telling import Progress
 from moe_lens.corpus.batches import pad, plan_batches
 from moe_lens.errors import CaptureError, UnsupportedModelError
 from moe_lens.families import MoELayer
 from moe_lens.families.class_swap import call_original
 from moe_lens.instrument import Forward
 
-from .calibration import Progress, batch_tokens
+from .calibration import batch_tokens
 from .texts import draw_prompts
 
 if TYPE_CHECKING:

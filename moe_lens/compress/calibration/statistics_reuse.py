@@ -6,7 +6,6 @@ left alone, since whoever named it meant to use it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,14 +15,13 @@ from moe_lens.compress.statistics.statistics_file import (
     load_statistics,
     save_statistics,
 )
+from moe_lens.compress.telling import Progress, Say
 from moe_lens.corpus import Corpus
 
-from .calibration import SIMILARITY_TOKENS, Progress, calibrate, identify
+from .calibration import SIMILARITY_TOKENS, calibrate, identify
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
-
-Say = Callable[[str], None]
 
 
 def calibrate_once(

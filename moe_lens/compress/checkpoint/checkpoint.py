@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mlx_lm.utils import save_config
 
 from moe_lens.compress.plan.identity import fingerprint_folder
 from moe_lens.compress.plan.plan import Plan
+from moe_lens.compress.telling import Progress, Say
 from moe_lens.compress.tensors.parameters import check_fits, smaller_parameters
 from moe_lens.compress.tensors.parent import Parent, release
 from moe_lens.compress.tensors.size import Size
@@ -21,10 +21,8 @@ from moe_lens.errors import MoeLensError, UsageError
 from .assemble import assemble
 from .config import smaller_config
 from .model_file import write_model_file
-from .staging import Say, check_space
+from .staging import check_space
 from .tensor_file import SHARD_BYTES, write_shards
-
-Progress = Callable[[int, int], None]
 
 _WEIGHTS = frozenset(
     ".safetensors .bin .pt .pth .ckpt .gguf .ggml .onnx .h5 .msgpack .npz .npy .tflite".split()

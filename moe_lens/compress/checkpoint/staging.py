@@ -5,13 +5,12 @@ from __future__ import annotations
 import glob
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from moe_lens.compress.telling import Say
 from moe_lens.errors import MoeLensError, UsageError
-
-Say = Callable[[str], None]
 
 _MARGIN = 64 << 20
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from moe_lens.compress.plan.identity import CorpusIdentity
 from moe_lens.compress.plan.plan import Plan
 from moe_lens.compress.statistics.saliency import METHODS
+from moe_lens.compress.telling import StageProgress, of_stage
 from moe_lens.errors import MoeLensError
 
-from .methods import Candidate, Found, combined_candidates, single_candidates
+from .methods import Found, combined_candidates, single_candidates
 from .readings import Readings
 from .trials import Skipped, Trial, TrialBench, lead
-
-StageProgress = Callable[[str, int, int], None]
 
 AUTO = "auto"
 FLOOR = "random"
@@ -142,7 +141,9 @@ def try_one(
     if isinstance(found, Skipped):
         return found
     try:
-        tried = bench.try_plan(found.name, found.plan, found.ks, _stage(progress, found))
+        tried = bench.try_plan(
+            found.name, found.plan, found.ks, of_stage(progress, f"trying {found.name}")
+        )
     except MoeLensError as error:
         return Skipped(found.name, str(error))
     finite = [trial for trial in tried if math.isfinite(trial.loss.kl.value)]
@@ -151,11 +152,3 @@ def try_one(
 
 def _best(trials: Iterable[Trial]) -> Trial | None:
     return min(trials, key=lambda trial: trial.loss.kl.value, default=None)
-
-
-def _stage(
-    progress: StageProgress | None, candidate: Candidate
-) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(f"trying {candidate.name}", done, total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from moe_lens.compress.calibration.texts import bundled_note, read_text
 from moe_lens.compress.calibration.validation_split import split
 from moe_lens.compress.plan.identity import CorpusIdentity, public_name
 from moe_lens.compress.plan.json_text import dump
+from moe_lens.compress.telling import Say, StageProgress
 from moe_lens.compress.tensors.parent import open_parent
 from moe_lens.compress.tensors.size_table import SizeTable
 from moe_lens.corpus import Corpus
@@ -19,7 +20,7 @@ from moe_lens.errors import MoeLensError, UsageError
 from moe_lens.loading import resolve
 
 from .asked_size import AskedSize
-from .choice import DEFINITION, Choice, StageProgress, choose
+from .choice import DEFINITION, Choice, choose
 from .methods import check_method_names, possible_shapes
 from .readings import read_all
 from .trial_table import Row, choice_rows
@@ -27,8 +28,6 @@ from .trials import TrialBench
 
 RATIOS = (0.125, 0.25, 0.5, 0.75)
 """Shares of the expert bytes that go, where nothing else is asked for."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from moe_lens.compress.plan.limits import Limits
 from moe_lens.compress.plan.plan import ExpertGroup, LayerPlan, Plan
 from moe_lens.compress.statistics.statistics import Calibration
 from moe_lens.compress.statistics.super_experts import super_experts
+from moe_lens.compress.telling import Progress
 
 from .layer_allocation import allocate, curve
 from .trials import TrialBench, lead
@@ -27,7 +28,6 @@ from .trials import TrialBench, lead
 PlanAt = Callable[[int], Plan]
 """The plan in which every layer keeps so many experts."""
 
-Progress = Callable[[int, int], None]
 
 POINTS = 15
 """Numbers of experts that each layer is measured with; straight lines lie between them."""

@@ -197,11 +197,16 @@ def _prune(readings: Readings, method: str, count: int | None, k: int | None, se
 
 
 def _merged(readings: Readings, name: str, count: int | None, k: int | None) -> Found:
-    merging = MERGES[name]
-    if merging.router_rows == "fitted" and not readings.router_inputs:
-        merging = replace(merging, router_rows="mean")
+    merging = _with_possible_rows(MERGES[name], readings)
     found = _planned(name, partial(_merge, readings, merging, count, k))
     return found if isinstance(found, Skipped) else _with_fewer_k(readings, found, k)
+
+
+def _with_possible_rows(merging: Merging, readings: Readings) -> Merging:
+    """Router rows can only be fitted where the sample has what the router reads."""
+    if merging.router_rows == "fitted" and not readings.router_inputs:
+        return replace(merging, router_rows="mean")
+    return merging
 
 
 def _with_fewer_k(readings: Readings, merge: Candidate, k: int | None) -> Candidate:
@@ -212,9 +217,7 @@ def _with_fewer_k(readings: Readings, merge: Candidate, k: int | None) -> Candid
 
 
 def _merge_alike(readings: Readings, count: int, k: int | None) -> Plan:
-    merging = BY_THRESHOLD
-    if not readings.router_inputs:
-        merging = replace(merging, router_rows="mean")
+    merging = _with_possible_rows(BY_THRESHOLD, readings)
     plan = plan_merge(
         readings.statistics,
         ALIKE,

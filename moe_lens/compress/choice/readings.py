@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from moe_lens.compress.calibration.statistics_reuse import calibrate_once
 from moe_lens.compress.checkpoint.expert_width import Widths, widths_of
 from moe_lens.compress.statistics.channel_statistics import ChannelCalibration
 from moe_lens.compress.statistics.statistics import Calibration
+from moe_lens.compress.telling import Say, StageProgress, of_stage
 from moe_lens.compress.tensors.unpacked import unpacked
 from moe_lens.corpus import Corpus
 from moe_lens.errors import MoeLensError, UnsupportedModelError
@@ -20,8 +21,6 @@ from moe_lens.errors import MoeLensError, UnsupportedModelError
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
 
-StageProgress = Callable[[str, int, int], None]
-Say = Callable[[str], None]
 
 SAMPLE_VALUES = ("expert_inputs", "router_logits", "mask")
 """What a layer must show, and take, for methods that judge on a sample."""
@@ -90,7 +89,7 @@ def read_all(
         chat_template=chat_template,
         stop_at=stop_at,
         seed=seed,
-        progress=_stage(progress, STAGES[0]),
+        progress=of_stage(progress, STAGES[0]),
         say=say,
     )
     tokens = corpus.tokenize(router.tokenizer, sequence_length, chat_template)
@@ -105,7 +104,7 @@ def read_all(
             sequence_length=sequence_length,
             chat_template=chat_template,
             seed=seed,
-            progress=_stage(progress, STAGES[1]),
+            progress=of_stage(progress, STAGES[1]),
         )
     except MoeLensError as error:
         no_channels = str(error)
@@ -113,7 +112,7 @@ def read_all(
     inputs = no_samples is None and sample_reason(router.layers, ("router_inputs",)) is None
     if no_samples is None:
         samples = sample_layers(
-            router, tokens, seed, _stage(progress, STAGES[2]), router_inputs=inputs
+            router, tokens, seed, of_stage(progress, STAGES[2]), router_inputs=inputs
         )
     return Readings(
         router=router,
@@ -126,9 +125,3 @@ def read_all(
         no_samples=no_samples,
         router_inputs=inputs,
     )
-
-
-def _stage(progress: StageProgress | None, stage: str) -> Callable[[int, int], None] | None:
-    if progress is None:
-        return None
-    return lambda done, total: progress(stage, done, total)

@@ -7,7 +7,7 @@ where that fits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from moe_lens.compress.checkpoint.in_memory import in_memory
 from moe_lens.compress.plan.plan import Plan
+from moe_lens.compress.telling import Progress
 from moe_lens.compress.tensors.size_table import Shape, SizeTable
 from moe_lens.compress.tensors.unpacked import unpack_if_faster
 from moe_lens.compress.verification.bootstrap import Bootstrap, Measure
@@ -32,7 +33,6 @@ from .simulate import simulated
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
 
-Progress = Callable[[int, int], None]
 
 KEPT_BYTES = 1 << 30
 """The parent's logits on the text are kept up to here; beyond, each trial runs the parent too."""

@@ -12,7 +12,7 @@ are all alike, KL still tells 0.0001 from 0.002.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -23,13 +23,13 @@ from moe_lens.compress.checkpoint.in_memory import in_memory
 from moe_lens.compress.plan.limits import Limits
 from moe_lens.compress.plan.plan import LayerPlan, Plan
 from moe_lens.compress.statistics.statistics import NOT_AN_EXPERT, Calibration, LayerStatistics
+from moe_lens.compress.telling import Progress
 from moe_lens.compress.tensors.unpacked import unpack_if_faster
 from moe_lens.compress.verification.losses import Comparison, Forward, compare
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
 
-Progress = Callable[[int, int], None]
 
 TOKENS = 4096
 """Calibration tokens the candidates are compared on."""

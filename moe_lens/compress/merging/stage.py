@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from moe_lens.compress.calibration.layer_sample import sample_layers
 from moe_lens.compress.plan.plan import Plan
 from moe_lens.compress.pruning.pruning import removed_per_group
 from moe_lens.compress.statistics.statistics import Calibration
+from moe_lens.compress.telling import StageProgress, of_stage
 from moe_lens.errors import UsageError
 
 from .experts_per_token import choose_experts_per_token
@@ -17,8 +18,6 @@ from .planning import plan_merge, plan_merge_to
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
-
-StageProgress = Callable[[str, int, int], None]
 
 
 def check_merge(
@@ -93,12 +92,11 @@ def merge_stage(
         NothingToMergeError: As `plan_merge`.
     """
 
-    def stage(name: str) -> Callable[[int, int], None] | None:
-        return None if progress is None else lambda done, total: progress(name, done, total)
-
     samples = None
     if merging.needs_sample:
-        samples = sample_layers(router, tokens, seed, stage("sampling layers"), router_inputs=True)
+        samples = sample_layers(
+            router, tokens, seed, of_stage(progress, "sampling layers"), router_inputs=True
+        )
     if threshold is not None:
         plan = plan_merge(
             statistics,
@@ -127,5 +125,5 @@ def merge_stage(
         tokens,
         trust_remote_code=trust_remote_code,
         seed=seed,
-        progress=stage("choosing experts per token"),
+        progress=of_stage(progress, "choosing experts per token"),
     )

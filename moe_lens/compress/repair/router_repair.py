@@ -9,7 +9,7 @@ smaller, measured on the model as it would be written: router in its own dtype a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ import mlx.core as mx
 from moe_lens.compress.choice.trials import Trial, TrialBench, lead
 from moe_lens.compress.plan.plan import LayerPlan, Plan
 from moe_lens.compress.plan.router_row import RouterRow
+from moe_lens.compress.telling import Progress
 from moe_lens.compress.tensors.unpacked import unpack
 from moe_lens.compress.verification.bootstrap import Measure
 from moe_lens.errors import UsageError
@@ -25,8 +26,6 @@ from moe_lens.errors import UsageError
 from .router_training import LEARNING_RATE, train, trained_rows
 
 STEPS = 200
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from numpy.typing import NDArray
 
 from moe_lens.compress.plan.router_row import RouterRow
+from moe_lens.compress.telling import Progress
 from moe_lens.compress.tensors.unpacked import unpack
 from moe_lens.compress.verification.losses import Forward, log_softmax
 from moe_lens.corpus.batches import pad
@@ -33,8 +34,6 @@ BATCH_TOKENS = 1024
 
 _LOGITS_BYTES = 256 << 20
 _TRIED_TOKENS = 8
-
-Progress = Callable[[int, int], None]
 
 
 def train(

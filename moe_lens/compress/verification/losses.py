@@ -13,12 +13,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_lens.compress.telling import Progress
 from moe_lens.corpus.batches import pad, plan_batches
 
 Forward = Callable[[Any, Sequence[int]], mx.array]
 """(token ids [B, L], lengths [B]) -> logits [B, L, vocab]."""
 
-Progress = Callable[[int, int], None]
 
 AfterBatch = Callable[[Sequence[int], Sequence[int]], None]
 """Called when all models have run a batch: prompt number and length of each row."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from moe_lens.compress.calibration.held_out import check_not_remembered
 from moe_lens.compress.plan.identity import CorpusIdentity, public_name
+from moe_lens.compress.telling import Progress
 from moe_lens.compress.tensors.size import Size
 from moe_lens.compress.tensors.unpacked import unpacked
 from moe_lens.corpus import Corpus
@@ -32,7 +33,6 @@ from .writing import writing_speed
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
 
-Progress = Callable[[int, int], None]
 
 _TIMED = 2
 """Beginnings that are continued one at a time, for the speed of writing."""
