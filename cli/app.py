@@ -14,6 +14,7 @@ from .families import families
 from .frontier import frontier
 from .generate import generate
 from .heatmap import heatmap
+from .help import Grouped
 from .info import info
 from .plan import plan
 from .trace import trace
@@ -64,4 +65,7 @@ def moe_lens(
 
 
 for command in (info, families, generate, trace, heatmap, compress, plan, frontier, verify, doctor):
-    app.command(no_args_is_help=command not in (families, doctor))(command)
+    app.command(
+        no_args_is_help=command not in (families, doctor),
+        cls=Grouped if command is compress else None,
+    )(command)

@@ -5,16 +5,40 @@ from __future__ import annotations
 import json
 import os.path
 import shlex
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from moe_lens.atomic import write_bytes
 from moe_lens.errors import UsageError
+from moe_lens.telling import Stage
 
 from . import screen
+from .compress_options import (
+    Blend,
+    CalibrationData,
+    DryRun,
+    Experts,
+    ExpertWidth,
+    Force,
+    Format,
+    FormatOption,
+    MethodOption,
+    Output,
+    PerLayer,
+    PlanFile,
+    PromptsOfEach,
+    Protect,
+    Ratio,
+    RepairRouter,
+    Resume,
+    SavePlan,
+    SmallerK,
+    Statistics,
+    StopAt,
+    TargetGb,
+    Threshold,
+    UploadRepo,
+)
 from .merge_options import (
     AlignOption,
     GroupingOption,
@@ -25,203 +49,66 @@ from .merge_options import (
     read_merging,
 )
 from .options import (
-    TEXT_FORMS,
     ChatTemplate,
+    CpuExperts,
+    CpuExpertsMode,
     EvalData,
     Json,
     MaxKl,
     Model,
     PromptLength,
     Seed,
+    Stream,
     TrustRemoteCode,
 )
 from .plan import show_choice, show_plan
-from .progress import stages, working
-from .verification import show_verification
+from .progress import stages
+from .timing import show_timing
+from .verification import show_verification, show_warnings
 
 if TYPE_CHECKING:
     from moe_lens.compress import CompressionResult, NothingToMergeError
 
 
-class Method(StrEnum):
-    """How a size is reached: `moe_lens.compress.statistics.saliency.METHODS`, and two more."""
-
-    AUTO = "auto"
-    REAP = "reap"
-    GATED_SUM = "gated-sum"
-    EAN_MEAN = "ean-mean"
-    EAN_SUM = "ean-sum"
-    MSAN = "msan"
-    GATE_SUM = "gate-sum"
-    FREQUENCY = "frequency"
-    AIMER = "aimer"
-    GREEDY = "greedy"
-    RANDOM = "random"
-    CHANNELS = "channels"
-
-
 def compress(
     model: Model,
-    threshold: Annotated[
-        float | None,
-        typer.Option(metavar="T", help="Merge experts whose similarity (0 to 1) reaches T."),
-    ] = None,
-    ratio: Annotated[
-        float | None,
-        typer.Option(
-            metavar="R",
-            help="A size: this share of each layer's experts less (0.25: a quarter), or as many "
-            "bytes.",
-        ),
-    ] = None,
-    experts: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="A size: N experts in each layer, or the bytes they take."
-        ),
-    ] = None,
-    target_gb: Annotated[
-        float | None,
-        typer.Option(
-            "--target-gb",
-            metavar="G",
-            help="A size: all weight files together take at most G GB (10^9 bytes).",
-        ),
-    ] = None,
-    expert_width: Annotated[
-        float | None,
-        typer.Option(
-            metavar="W",
-            help="Keep this share (0.5) or this number (96) of the channels inside every expert, "
-            "the most important ones. Alone, or together with a size, which then counts experts.",
-        ),
-    ] = None,
-    method: Annotated[
-        Method | None,
-        typer.Option(
-            metavar="METHOD",
-            show_default=False,
-            help="With a size, how it is reached. auto (default): all methods are tried on a part "
-            "of the calibration text, and the one that loses least is taken. Others remove exactly "
-            "so many experts, those with the least: reap: mean of weight x L2 norm of the output "
-            "over routed tokens; gated-sum: its sum. ean-mean, ean-sum: of the norm alone; msan: "
-            "mean squared norm. gate-sum: sum of the weights. frequency: how often chosen. aimer: "
-            "the shape of the weights. greedy: one by one, what the block's output misses least "
-            "once its tokens are routed anew. random. channels: narrower experts in their place.",
-        ),
-    ] = None,
+    threshold: Threshold = None,
+    ratio: Ratio = None,
+    experts: Experts = None,
+    target_gb: TargetGb = None,
+    expert_width: ExpertWidth = None,
+    plan: PlanFile = None,
+    method: MethodOption = None,
     merge: Merge = False,
     grouping: GroupingOption = None,
     similarity: SimilarityOption = None,
     merge_weights: WeightsOption = None,
     align: AlignOption = None,
     router_rows: RouterRowsOption = None,
-    blend: Annotated[
-        str | None,
-        typer.Option(
-            metavar="BLEND",
-            help="With a size and one method, how the labels of the calibration text count: "
-            "code=2,prose=1, or max-min (keep as much as possible of the label that loses most).",
-        ),
-    ] = None,
-    protect: Annotated[
-        bool,
-        typer.Option(
-            "--protect",
-            help="With a size and one method, keep super experts: largest |output| above the "
-            "99.5th percentile of all experts and a tenth of the largest, in the first three "
-            "quarters of the layers.",
-        ),
-    ] = False,
-    statistics: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Keep what calibration measures in FILE; if it is there, use it again. Refused "
-            "for another model, text or way of reading.",
-        ),
-    ] = None,
-    stop_at: Annotated[
-        float | None,
-        typer.Option(
-            metavar="R",
-            help="Stop calibrating once two halves of the text read so far rank the experts of "
-            "every layer alike, to this rank correlation (0.95).",
-        ),
-    ] = None,
-    plan: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Apply this plan (plan.json of a model, or of --save-plan; it may be edited).",
-        ),
-    ] = None,
-    save_plan: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the plan to FILE, also after a dry run."),
-    ] = None,
-    repair_router: Annotated[
-        int | None,
-        typer.Option(
-            metavar="STEPS",
-            min=1,
-            help="Train the router rows of the smaller model for STEPS steps (200) to answer as "
-            "the parent does; used only if that helps on text that did not train.",
-        ),
-    ] = None,
-    per_layer: Annotated[
-        bool,
-        typer.Option(
-            "--per-layer",
-            help="Let layers keep different numbers of experts: with a size and a method that "
-            "removes experts, by measured sensitivity at the same bytes; with --threshold, all "
-            "that reach it. Stock mlx_lm.load then needs trust_remote_code=True, for a small file "
-            "that builds the layers.",
-        ),
-    ] = False,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            "--data",
-            metavar="TEXT",
-            help=f"Prompts to calibrate on: {TEXT_FORMS}. The bundled text by default.",
-        ),
-    ] = None,
+    blend: Blend = None,
+    protect: Protect = False,
+    repair_router: RepairRouter = None,
+    per_layer: PerLayer = False,
+    data: CalibrationData = None,
     eval_data: EvalData = None,
-    sample_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Use N prompts of each text at most.")
-    ] = 128,
+    sample_size: PromptsOfEach = 128,
     sequence_length: PromptLength = 512,
     chat_template: ChatTemplate = False,
-    experts_per_token: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            min=1,
-            help="Experts per token of the smaller model. By default the same, unless merging "
-            "makes fewer better, which is measured on calibration text.",
-        ),
-    ] = None,
+    stop_at: StopAt = None,
+    statistics: Statistics = None,
+    experts_per_token: SmallerK = None,
+    output: Output = None,
     max_kl: MaxKl = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the plan and write nothing.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace a model that is already at DIR.")
-    ] = False,
-    upload_repo: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ORG/NAME",
-            help="Upload the result to this model repository of the Hugging Face hub, made if "
-            "there is none; only after everything was checked.",
-        ),
-    ] = None,
+    format: FormatOption = Format.MLX,
+    dry_run: DryRun = False,
+    save_plan: SavePlan = None,
+    force: Force = False,
+    resume: Resume = False,
+    upload_repo: UploadRepo = None,
     seed: Seed = 0,
+    cpu_experts: CpuExperts = CpuExpertsMode.AUTO,
     trust_remote_code: TrustRemoteCode = False,
+    stream: Stream = None,
     as_json: Json = False,
 ) -> None:
     """Merge, remove or narrow experts, and measure what that costs.
@@ -290,10 +177,14 @@ def compress(
             statistics_file=statistics,
             stop_at=stop_at,
             max_kl=max_kl,
+            format=format.value,
             dry_run=dry_run,
             force=force,
+            resume=resume,
             seed=seed,
+            cpu_experts=cpu_experts.value,
             trust_remote_code=trust_remote_code,
+            stream=stream,
             progress=progress,
             say=screen.note,
         )
@@ -305,6 +196,7 @@ def compress(
     if upload_repo is not None and result.output is not None:
         uploaded = _upload(result.output, upload_repo)
     if as_json:
+        show_warnings(result)
         screen.emit_json({**result.to_dict(), **({"uploaded": uploaded} if uploaded else {})})
     elif uploaded:
         screen.show(f"Uploaded to {uploaded}")
@@ -323,7 +215,7 @@ def _check_upload(repo: str, dry_run: bool) -> None:
 def _upload(folder: Path, repo: str) -> str:
     from moe_lens.compress import upload
 
-    with working(f"uploading to {repo}"):
+    with stages(Stage("uploading", of=f"to {repo}")):
         return upload(folder, repo)
 
 
@@ -359,10 +251,12 @@ def _show(result: CompressionResult, save_plan: Path | None) -> None:
     if save_plan is not None:
         screen.show("", f"The plan is in {save_plan}")
     found = result.verification
-    if found is None:
+    if result.output is None:
         screen.note("a dry run: nothing was written")
+    if found is None:
         return
     show_verification(found)
+    show_timing(result.timing)
     screen.show("")
     folder = os.path.relpath(str(result.output))
     folder = str(result.output) if folder.startswith("..") else folder

@@ -11,10 +11,13 @@ from . import screen
 from .options import (
     TEXT_FORMS,
     ChatTemplate,
+    CpuExperts,
+    CpuExpertsMode,
     Json,
     Model,
     PromptLength,
     Seed,
+    Stream,
     TrustRemoteCode,
 )
 from .progress import stages
@@ -57,7 +60,9 @@ def frontier(
         typer.Option(metavar="K", min=1, help="Experts per token of the smaller models."),
     ] = None,
     seed: Seed = 0,
+    cpu_experts: CpuExperts = CpuExpertsMode.AUTO,
     trust_remote_code: TrustRemoteCode = False,
+    stream: Stream = None,
     as_json: Json = False,
 ) -> None:
     """Show what every method loses at several sizes, writing no model.
@@ -86,7 +91,9 @@ def frontier(
             chat_template=chat_template,
             experts_per_token=experts_per_token,
             seed=seed,
+            cpu_experts=cpu_experts.value,
             trust_remote_code=trust_remote_code,
+            stream=stream,
             progress=progress,
             say=screen.note,
         )

@@ -19,6 +19,7 @@ from .options import (
     Kernel,
     MaskExperts,
     Model,
+    Stream,
     TrustRemoteCode,
 )
 from .progress import working
@@ -69,6 +70,7 @@ def generate(
         ),
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
+    stream: Stream = None,
     json: Json = False,
 ) -> None:
     """Generate text, with fewer, masked or forced experts if asked.
@@ -86,7 +88,7 @@ def generate(
             "or --force-experts"
         )
     text = read_prompt(prompt)
-    router = load(model, trust_remote_code, kernel)
+    router = load(model, trust_remote_code, kernel, stream)
     with _changed(router, routing):
         pass  # refuses a change that cannot be, before anything is generated
     options: dict[str, Any] = {

@@ -24,6 +24,7 @@ from .options import (
     SampleSize,
     Seed,
     SequenceLength,
+    Stream,
     TrustRemoteCode,
 )
 from .routing import Routing
@@ -96,6 +97,7 @@ def heatmap(
     force_experts: ForceExperts = None,
     kernel: Kernel = None,
     trust_remote_code: TrustRemoteCode = False,
+    stream: Stream = None,
     json: Json = False,
 ) -> None:
     """Show which experts tokens go to, as a table or a picture.
@@ -119,7 +121,7 @@ def heatmap(
     else:
         text = None if prompt is None else read_prompt(prompt)
         reads = Text(text, data, sample_size, sequence_length, chat_template, seed)
-        found, name = of_model(source, reads, wanted, routing, trust_remote_code, kernel)
+        found, name = of_model(source, reads, wanted, routing, trust_remote_code, kernel, stream)
     _show(found, name, output, theme, json)
 
 

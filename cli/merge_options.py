@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from moe_lens.compress.merging.merging import Merging
 
 
+MERGING = "How experts are merged"
+
+
 class Grouping(StrEnum):
     """`moe_lens.compress.merging.merging.GROUPINGS`."""
 
@@ -49,7 +52,11 @@ class RouterRows(StrEnum):
 
 Merge = Annotated[
     bool,
-    typer.Option("--merge", help="With --ratio, merge that share of the experts into the others."),
+    typer.Option(
+        "--merge",
+        help="With --ratio, merge that share of the experts into the others.",
+        rich_help_panel=MERGING,
+    ),
 ]
 
 GroupingOption = Annotated[
@@ -61,6 +68,7 @@ GroupingOption = Annotated[
         "nearest mean outputs. complete: by the similarity of --threshold, or of --similarity. "
         "m-smoe: each joins the most frequent one of like router logits. ream: the most salient "
         "take their likes.",
+        rich_help_panel=MERGING,
     ),
 ]
 
@@ -71,6 +79,7 @@ SimilarityOption = Annotated[
         metavar="MIX",
         help="With --grouping complete, shares of outputs, overlap, mean-outputs, gated-outputs, "
         "router-logits and weights, such as outputs=0.5,weights=0.5.",
+        rich_help_panel=MERGING,
     ),
 ]
 
@@ -81,6 +90,7 @@ WeightsOption = Annotated[
         show_default=False,
         help="What an expert counts in its group: its saliency (REAP; default with --merge), how "
         "often it is chosen (frequency; default with --threshold), or all the same (equal).",
+        rich_help_panel=MERGING,
     ),
 ]
 
@@ -92,6 +102,7 @@ AlignOption = Annotated[
         help="Match the channels of merged experts before the mean, by their weights, by their "
         "activations on the same tokens, or both. Default: weights with --merge, none with "
         "--threshold.",
+        rich_help_panel=MERGING,
     ),
 ]
 
@@ -102,6 +113,7 @@ RouterRowsOption = Annotated[
         show_default=False,
         help="What asks for a group: a row fitted to the log-sum-exp of its members' logits "
         "(fitted, the default), the mean of their rows, or that of the dominant member.",
+        rich_help_panel=MERGING,
     ),
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from moe_lens.errors import UsageError
@@ -13,13 +14,20 @@ if TYPE_CHECKING:
     from moe_lens import ExpertRouter
 
 
-def load(model: str, trust_remote_code: bool = False, kernel: str | None = None) -> ExpertRouter:
-    """The model, with a spinner on stderr while it loads."""
-    with working(f"loading {model}"):
+def load(
+    model: str,
+    trust_remote_code: bool = False,
+    kernel: str | None = None,
+    stream: bool | None = None,
+    *,
+    spinner: bool = True,
+) -> ExpertRouter:
+    """The model; while it loads, a spinner on stderr, unless a stage of the command tells of it."""
+    with working(f"loading {model}") if spinner else nullcontext():
         from moe_lens import ExpertRouter
 
         return ExpertRouter.from_pretrained(
-            model, trust_remote_code=trust_remote_code, kernel=kernel
+            model, trust_remote_code=trust_remote_code, kernel=kernel, stream=stream
         )
 
 

@@ -8,6 +8,10 @@ from typing import Annotated
 
 import typer
 
+TEXT = "The text"
+RESULT = "The result"
+"""Headings under which a command with many options shows them (see `help`)."""
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -17,11 +21,28 @@ Model = Annotated[
     ),
 ]
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON to stdout, and nothing else there.")]
+Json = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print JSON to stdout, and nothing else there; what is said on stderr is JSON as "
+        "well, one object a line, unless that is a terminal.",
+    ),
+]
 
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Let the model run the Python code it comes with."),
+]
+
+Stream = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream",
+        show_default=False,
+        help="Read the weights layer by layer, each time they are needed, for a model larger than "
+        "memory. By default, if they take more than 60 % of the free memory.",
+    ),
 ]
 
 ExpertsPerToken = Annotated[
@@ -95,7 +116,13 @@ SequenceLength = Annotated[
 ]
 
 PromptLength = Annotated[
-    int, typer.Option(metavar="TOKENS", min=1, help="Cut longer prompts here.")
+    int,
+    typer.Option(
+        metavar="TOKENS",
+        min=1,
+        help="Cut longer prompts here.",
+        rich_help_panel=TEXT,
+    ),
 ]
 
 EvalData = Annotated[
@@ -103,6 +130,7 @@ EvalData = Annotated[
     typer.Option(
         metavar="TEXT",
         help="Prompts to measure the loss on, others than calibrated. The bundled text by default.",
+        rich_help_panel=TEXT,
     ),
 ]
 
@@ -111,11 +139,34 @@ MaxKl = Annotated[
     typer.Option(
         metavar="NATS",
         help="Fail (exit code 1) if the mean KL divergence per token is above NATS.",
+        rich_help_panel=RESULT,
     ),
 ]
 
 ChatTemplate = Annotated[
-    bool, typer.Option("--chat-template", help="Put each prompt into the model's chat template.")
+    bool,
+    typer.Option(
+        "--chat-template",
+        help="Put each prompt into the model's chat template.",
+        rich_help_panel=TEXT,
+    ),
+]
+
+
+class CpuExpertsMode(StrEnum):
+    """How the experts are computed on MLX's CPU backend."""
+
+    AUTO = "auto"
+    STOCK = "stock"
+    SEGMENTED = "segmented"
+
+
+CpuExperts = Annotated[
+    CpuExpertsMode,
+    typer.Option(
+        help="How experts are computed on a CPU: segmented (many times faster, other last bits), "
+        "stock (as mlx-lm does), or auto (segmented on a CPU, stock on a GPU).",
+    ),
 ]
 
 Seed = Annotated[int, typer.Option(metavar="N", help="Seed of everything drawn at random.")]

@@ -47,3 +47,30 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def amount(number: float, unit: str) -> str:
+    """So much of what a stage counts: ``4.12 MB``, ``12,345 tokens``, ``1 layer``, ``0.25 steps``.
+
+    Units are plurals in s.
+    """
+    if unit == "bytes":
+        return size(number)
+    if number == 1:
+        unit = unit.removesuffix("s")
+    written = f"{number:,.0f}" if number >= 9.95 or number == int(number) else f"{number:.2g}"
+    return f"{written} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A time: ``3.4 s``, ``42 s``, ``2 min 05 s``, ``3 h 12 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole_seconds = round(seconds)
+    if whole_seconds < 60:
+        return f"{whole_seconds} s"
+    minutes, rest = divmod(whole_seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    hours, rest = divmod(round(seconds / 60), 60)
+    return f"{hours:,} h {rest:02d} min"

@@ -14,7 +14,7 @@ import typer
 
 from moe_lens.errors import MoeLensError, UsageError
 
-from . import screen
+from . import events, screen
 
 DONE, FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 
@@ -28,15 +28,21 @@ def run(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or bool(os.environ.get("MOE_LENS_DEBUG"))
     words = [word for word in words if word != "--debug"] or ["--help"]
-    _prepare(debug)
+    as_json = "--json" in words
+    _prepare(debug, as_json)
     try:
-        code = _run(words, as_json="--json" in words, debug=debug)
+        code = _run(words, as_json=as_json, debug=debug)
         sys.stdout.flush()
+        events.end(code)
     except BrokenPipeError:
         # Whoever read our output (head, less) has seen enough.
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+    except SystemExit as ended:  # SIGTERM
+        if as_json:
+            events.end(int(ended.code or DONE), "terminated")
+        raise
     return code
 
 
@@ -75,6 +81,7 @@ def _report(
         content = {"error": message, "exit_code": code}
         evidence = getattr(error, "evidence", None)
         screen.emit_json(content | ({"evidence": evidence} if evidence else {}))
+        events.end(code, message)
     elif code == INTERRUPTED:
         screen.interrupted()
     else:
@@ -91,13 +98,14 @@ def _parse_message(error: Exception) -> str:
     return f"{sentence} (see {command} --help)"
 
 
-def _prepare(debug: bool) -> None:
+def _prepare(debug: bool, as_json: bool) -> None:
     """Show our own notes, and keep still what a user of the command line cannot act on."""
     for stream in (sys.stdout, sys.stderr):
         if (stream.encoding or "").lower().replace("-", "") != "utf8":
             with suppress(AttributeError):
                 stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    screen.reset()
+    screen.reset(as_json=as_json)
+    events.reset()
     logger = logging.getLogger("moe_lens")
     logger.handlers[:] = [screen.NoteHandler()]
     logger.propagate = False

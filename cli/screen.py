@@ -1,4 +1,8 @@
-"""Where output goes: results to stdout, notes and errors to stderr, JSON alone when asked for."""
+"""Where output goes: results to stdout, notes and errors to stderr, JSON alone when asked for.
+
+With ``--json`` stdout holds the result and nothing else, and what goes to stderr is one JSON object
+a line there, unless stderr is a terminal.
+"""
 
 from __future__ import annotations
 
@@ -105,6 +109,19 @@ def _plain(value: Any) -> Any:
 
 
 _said: set[str] = set()
+_json = False
+
+
+def json_events() -> bool:
+    """Whether stderr is for a program: the command was asked for JSON, and no person watches."""
+    return _json and not sys.stderr.isatty()
+
+
+def emit_event(event: str, **content: Any) -> None:
+    """Write one JSON object as one line of stderr."""
+    text = json.dumps({"event": event, **content}, ensure_ascii=False, allow_nan=False)
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def note(message: str) -> None:
@@ -114,6 +131,9 @@ def note(message: str) -> None:
     if message in _said:
         return
     _said.add(message)
+    if json_events():
+        emit_event("note", message=message)
+        return
     err().print(Text(f"note: {message}", style="dim"))
 
 
@@ -121,6 +141,9 @@ def warn(message: str) -> None:
     """Say something on stderr that must not be missed."""
     from rich.text import Text
 
+    if json_events():
+        emit_event("warning", message=message)
+        return
     err().print(Text.assemble(("warning: ", "bold red"), message))
 
 
@@ -148,8 +171,10 @@ class NoteHandler(logging.Handler):
         note(record.getMessage())
 
 
-def reset() -> None:
+def reset(*, as_json: bool = False) -> None:
     """Begin a run: look at the terminal anew, and forget what was said."""
+    global _json
+    _json = as_json
     out.cache_clear()
     err.cache_clear()
     _said.clear()

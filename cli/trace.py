@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from moe_lens.telling import LOADING, Stage
 
 from . import screen
 from .models import load
@@ -24,14 +26,17 @@ from .options import (
     SampleSize,
     Seed,
     SequenceLength,
+    Stream,
     TrustRemoteCode,
 )
-from .progress import bar
+from .progress import stages
 from .quantities import ranges, size, some
 from .routing import Routing
 
 if TYPE_CHECKING:
     from moe_lens import Trace
+
+RECORDING = Stage("recording", "tokens")
 
 
 def trace(
@@ -60,6 +65,7 @@ def trace(
     force_experts: ForceExperts = None,
     kernel: Kernel = None,
     trust_remote_code: TrustRemoteCode = False,
+    stream: Stream = None,
     json: Json = False,
 ) -> None:
     """Record which experts every token of a corpus is routed to.
@@ -74,14 +80,21 @@ def trace(
 
     routing = Routing.read(experts_per_token, mask_experts, force_experts)
     corpus = read_corpus(data)
-    router = load(model, trust_remote_code, kernel)
-    changed = router.override(routing.overrides(router)) if routing else nullcontext()
     before: list[int] = []
-    with changed, bar("recording") as move, _can_go_on(output):
+    with ExitStack() as stack:
+        show = stack.enter_context(stages(LOADING))
+        router = load(model, trust_remote_code, kernel, stream, spinner=False)
+        if not router.streamed:
+            show(LOADING, router.info.bytes, router.info.bytes)
+        if routing:
+            stack.enter_context(router.override(routing.overrides(router)))
+        stack.enter_context(_can_go_on(output))
 
-        def progress(done: int, total: int) -> None:
+        def progress(done: int, total: int | None) -> None:
+            if not before:
+                show(RECORDING, done, None)
             before.append(done)
-            move(done, total)
+            show(RECORDING, done, total)
 
         recorded = router.trace(
             corpus,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from . import screen
 
 if TYPE_CHECKING:
-    from moe_lens.compress import Verification
+    from moe_lens.compress import CompressionResult, Verification
 
 
 def show_verification(found: Verification, *, first: bool = False) -> None:
@@ -27,6 +27,11 @@ def show_verification(found: Verification, *, first: bool = False) -> None:
     screen.heading("Size and speed")
     _show_rows(*size_rows(found))
     screen.show("", *check_lines(found))
+    show_warnings(found)
+
+
+def show_warnings(found: Verification | CompressionResult) -> None:
+    """Say on stderr what must not be missed."""
     for warning in found.warnings:
         screen.warn(warning)
 

@@ -6,10 +6,23 @@ from typing import Annotated
 
 import typer
 
+from moe_lens.telling import LOADING
+
 from . import screen
-from .options import ChatTemplate, EvalData, Json, MaxKl, PromptLength, Seed, TrustRemoteCode
+from .options import (
+    ChatTemplate,
+    CpuExperts,
+    CpuExpertsMode,
+    EvalData,
+    Json,
+    MaxKl,
+    PromptLength,
+    Seed,
+    Stream,
+    TrustRemoteCode,
+)
 from .progress import stages
-from .verification import show_verification
+from .verification import show_verification, show_warnings
 
 Parent = Annotated[
     str,
@@ -41,7 +54,9 @@ def verify(
     chat_template: ChatTemplate = False,
     max_kl: MaxKl = None,
     seed: Seed = 0,
+    cpu_experts: CpuExperts = CpuExpertsMode.AUTO,
     trust_remote_code: TrustRemoteCode = False,
+    stream: Stream = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a smaller model lost, on text not calibrated on.
@@ -65,13 +80,14 @@ def verify(
     """
     from moe_lens.compress import verify
     from moe_lens.compress.calibration.texts import bundled_note, read_text
+    from moe_lens.compress.stages import VERIFYING
     from moe_lens.compress.verification.verification import check_max_kl
 
     check_max_kl(max_kl)
     corpus = read_text("evaluation", eval_data)
     if eval_data is None and (note := bundled_note(parent, ["evaluation"])) is not None:
         screen.note(note)
-    with stages() as progress:
+    with stages(LOADING) as show:
         corpus = corpus.sample(sample_size, seed)
         for each in corpus.notes:
             screen.note(each)
@@ -82,10 +98,14 @@ def verify(
             sequence_length=sequence_length,
             chat_template=chat_template,
             seed=seed,
+            cpu_experts=cpu_experts.value,
             trust_remote_code=trust_remote_code,
-            progress=lambda done, total: progress("verifying", done, total),
+            stream=stream,
+            progress=lambda done, total: show(VERIFYING, done, total),
         )
-    if not as_json:
+    if as_json:
+        show_warnings(found)
+    else:
         show_verification(found, first=True)
     found.check(max_kl)
     if as_json:

@@ -9,13 +9,17 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from moe_lens.errors import UsageError
+from moe_lens.telling import Stage, begin
 
 from .models import load
-from .progress import bar
+from .progress import stages
 from .routing import Routing
 
 if TYPE_CHECKING:
     from moe_lens.analysis.heatmap import Heatmap
+
+
+READING = Stage("reading", "tokens")
 
 
 class View(StrEnum):
@@ -137,6 +141,7 @@ def of_model(
     routing: Routing,
     trust_remote_code: bool,
     kernel: str | None,
+    stream: bool | None,
 ) -> tuple[Heatmap, str]:
     """The heat map of a model that reads `text` now, and its name."""
     from moe_lens import Prompt, read_corpus
@@ -148,7 +153,7 @@ def of_model(
         raise UsageError(
             f"there is no prompt {wanted.number}: {text.data} has prompts 0 to {len(corpus) - 1}"
         )
-    router = load(model, trust_remote_code, kernel)
+    router = load(model, trust_remote_code, kernel, stream)
     settings: dict[str, Any] = {
         "sequence_length": text.sequence_length,
         "chat_template": text.chat_template,
@@ -157,9 +162,9 @@ def of_model(
 
     with router.override(routing.overrides(router)) if routing else nullcontext():
         if corpus is not None and wanted.view is View.LAYERS:
-            with bar("reading") as progress:
+            with stages() as show:
                 source: Any = record_profile(
-                    router, corpus, vocabulary=False, progress=progress, **settings
+                    router, corpus, vocabulary=False, progress=begin(show, READING), **settings
                 )
         else:
             prompt = Prompt(text.prompt) if corpus is None else corpus.prompts[wanted.number]

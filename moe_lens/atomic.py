@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from .errors import MoeLensError
+from .errors import DiskError
 
-__all__ = ["PART_SUFFIX", "replacing", "write_bytes"]
+__all__ = ["PART_SUFFIX", "replacing", "sync_folder", "write_bytes"]
 
 PART_SUFFIX = ".part"
 
@@ -23,17 +24,16 @@ def replacing(path: Path) -> Iterator[Path]:
     which the next writer of the same file replaces.
 
     Raises:
-        MoeLensError: The folder cannot be written to, or the disk is full.
+        DiskError: The folder cannot be written to, or the disk is full.
     """
     part = path.with_name(f".{path.name}{PART_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
+        _sync(part)
         part.replace(path)
     except OSError as error:
-        raise MoeLensError(
+        raise DiskError(
             f"{path} cannot be written: {error.strerror or error}; choose another place or make "
             "room there"
         ) from error
@@ -46,3 +46,29 @@ def write_bytes(path: Path, data: bytes | str) -> None:
     """Write a whole file; see `replacing`. Text is written as UTF-8."""
     with replacing(path) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def sync_folder(folder: Path, *, deep: bool = False) -> None:
+    """Bring the names in a folder to the disk; with `deep`, all that is in it and below.
+
+    Raises:
+        OSError: The disk refuses.
+    """
+    for path in sorted(folder.iterdir()) if deep else ():
+        if path.is_dir():
+            sync_folder(path, deep=True)
+        else:
+            _sync(path)
+    try:
+        _sync(folder)
+    except OSError as error:  # some file systems do not sync folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -6,6 +6,13 @@ from __future__ import annotations
 class MoeLensError(Exception):
     """Something failed for a reason the user can act on. The command line exits with 1."""
 
+    def __str__(self) -> str:
+        """The sentence, on one line; what a file or a path put into it moves no cursor."""
+        text = super().__str__()
+        if text.isprintable():
+            return text
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
 
 class UsageError(MoeLensError):
     """What was asked for cannot be: a wrong option, expert, layer or number. Exits with 2."""
@@ -17,3 +24,10 @@ class UnsupportedModelError(MoeLensError):
 
 class CaptureError(MoeLensError):
     """A capture or a recording that holds nothing, or not what was asked for."""
+
+
+class DiskError(MoeLensError):
+    """A disk that is full, read-only, gone or too slow to answer: nothing was wrong with the work.
+
+    What was finished before stays of use.
+    """

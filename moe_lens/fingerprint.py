@@ -13,7 +13,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["canonical_sha256", "file_sha256", "tokenizer_sha256", "weights_sha256"]
+__all__ = [
+    "canonical_sha256",
+    "file_sha256",
+    "sampled_sha256",
+    "tokenizer_sha256",
+    "weights_sha256",
+]
 
 SAMPLES = 16
 SAMPLE_BYTES = 4096
@@ -47,8 +53,17 @@ def tokenizer_sha256(folder: Path) -> str:
 
 def weights_sha256(folder: Path) -> str:
     """SHA-256 over names, sizes, headers and samples of the safetensors files of a folder."""
+    return _sampled(sorted(folder.glob("*.safetensors")))
+
+
+def sampled_sha256(path: Path) -> str:
+    """SHA-256 over name, size, header and samples of one safetensors file."""
+    return _sampled([path])
+
+
+def _sampled(paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import struct
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from .checkpoint_files.config import check_counts, read_config
+from .checkpoint_files.folder import stored_tensors
 from .errors import MoeLensError, UnsupportedModelError, UsageError
 
 
@@ -56,80 +56,6 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model folder.
-
-    Raises:
-        MoeLensError: If it is missing or not JSON.
-    """
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MoeLensError(f"{path} has no config.json") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise MoeLensError(f"{path / 'config.json'} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise MoeLensError(f"{path / 'config.json'} names no model_type, so it is no model config")
-    return config
-
-
-def check_safetensors(path: Path) -> None:
-    """Refuse a truncated or corrupt safetensors file before it is loaded.
-
-    MLX reads lazily, so a short file would fail late, in the middle of a run.
-
-    Raises:
-        MoeLensError: If the header or the size does not fit.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else size
-        if length > size - 8:
-            raise MoeLensError(_corrupt(path, "its header is cut off"))
-        try:
-            header = json.loads(file.read(length))
-            end = max(
-                (
-                    entry["data_offsets"][1]
-                    for key, entry in header.items()
-                    if key != "__metadata__"
-                ),
-                default=0,
-            )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise MoeLensError(_corrupt(path, "its header is not readable")) from error
-    if size < 8 + length + end:
-        raise MoeLensError(_corrupt(path, f"{8 + length + end - size} bytes are missing"))
-
-
-def _corrupt(path: Path, reason: str) -> str:
-    return f"{path} is truncated or corrupt ({reason}): copy or download it again"
-
-
-def check_weights(path: Path) -> None:
-    """Refuse a folder whose weights are missing, incomplete or corrupt."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise MoeLensError(f"{index} is not a readable index: download it again") from error
-        missing = sorted(name for name in shards if not (path / str(name)).is_file())
-        if missing:
-            raise MoeLensError(
-                f"{path} lacks {missing[0]} and {len(missing) - 1} more of the shards its index "
-                "names: download them again"
-                if len(missing) > 1
-                else f"{path} lacks {missing[0]}, which its index names: download it again"
-            )
-    shards_here = sorted(path.glob("model*.safetensors"))
-    if not shards_here:
-        raise MoeLensError(f"{path} has no model*.safetensors, so there are no weights to load")
-    for shard in shards_here:
-        check_safetensors(shard)
-
-
 def load(
     name: str | Path,
     *,
@@ -153,7 +79,7 @@ def load(
 
     path = resolve(name, revision)
     config = read_config(path)
-    check_weights(path)
+    check_counts(path, config, len(stored_tensors(path)))
     if config.get("model_file") and not (trust_remote_code or trust_model_file):
         raise UnsupportedModelError(
             f"{name} wants to run its own code ({config['model_file']}): pass --trust-remote-code "
@@ -167,17 +93,28 @@ def load(
             return_config=True,
             trust_remote_code=trust_remote_code or trust_model_file,
         )
-    except ValueError as error:
-        message = str(error).strip().splitlines()[0]
-        if "not supported" in message:
+    except Exception as error:
+        # A config with impossible numbers fails wherever an architecture first uses them.
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        if isinstance(error, ValueError) and "not supported" in reason:
             raise UnsupportedModelError(
                 f"mlx-lm has no model type {config['model_type']!r}, so {name} cannot be loaded"
             ) from error
-        raise MoeLensError(f"mlx-lm cannot load {name}: {message}") from error
-    except (RuntimeError, OSError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise MoeLensError(f"mlx-lm cannot load {name}: {reason}") from error
     return model, tokenizer, loaded, path
+
+
+def read_weights(model: nn.Module, path: Path) -> None:
+    """Read the weights of a lazily loaded model.
+
+    Raises:
+        MoeLensError: A file cannot be read, or does not fit into memory.
+    """
+    try:
+        mx.eval(model.parameters())
+    except (RuntimeError, OSError, MemoryError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise MoeLensError(f"the weights of {path} cannot be read: {reason}") from error
 
 
 def compute_in_float32(model: nn.Module) -> str | None:

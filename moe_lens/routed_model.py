@@ -2,79 +2,41 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from .errors import UsageError
-from .families import MoELayer
-from .generation import Generation, encode_prompt, stream_tokens
-from .info import ModelInfo, describe_model
-from .instrument import Capture, Instrument, Sink
-from .kernels import Kernel
-from .loading import compute_in_float32
+from .generation import Generation, stream_tokens
+from .instrument import Capture, Sink
+from .instrument.forward import takes_layers
+from .loaded_model import LoadedModel
 from .override import Override
-from .token_batch import batch_lengths, token_batch
+from .streaming import LayerStream
+from .trial_run import blaming_the_model
 
 if TYPE_CHECKING:
     from mlx_lm.generate import GenerationResponse
 
-logger = logging.getLogger("moe_lens")
 
-
-class RoutedModel:
+class RoutedModel(LoadedModel):
     """A MoE model whose routing can be seen and changed.
 
     Outside `capture`, `override` and `recording` the model is exactly what mlx-lm loaded; inside,
     its own forward runs and a few classes are swapped. Works as a context manager, too.
-
-    Attributes:
-        model: What ``mlx_lm.load`` returned.
-        tokenizer: mlx-lm's tokenizer wrapper.
-        config: config.json.
-        path: The model's folder.
-        info: The model in numbers.
-        layers: The MoE layers.
-        notes: What was done to make the model run here, in sentences.
-        kernel: What runs the rules under an override; its `reason` says why it is what it is.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        tokenizer: Any,
-        config: dict[str, Any],
-        *,
-        name: str = "model",
-        path: Path | None = None,
-        kernel: Kernel | str | None = None,
-    ) -> None:
-        self.name = name
-        self.path = path
-        self.model = model
-        self.tokenizer = tokenizer
-        self.config = config
-        self.kernel = kernel if isinstance(kernel, Kernel) else _kernel(kernel)
-        self._instrument = Instrument(model, self.kernel)
-        self.info: ModelInfo = describe_model(name, model, self.layers, config)
-        note = compute_in_float32(model)
-        self.notes: list[str] = [] if note is None else [note]
-        for each in self.notes:
-            logger.warning(each)
+    def __init__(self, *model: Any, **settings: Any) -> None:
+        """Takes what `LoadedModel` takes."""
         self._overrides: list[dict[int, Override]] = []
         self._users = 0
+        self._evaluation: LayerStream | None = None
+        super().__init__(*model, **settings)
 
-    @property
-    def layers(self) -> list[MoELayer]:
-        return self._instrument.layers
-
-    def __enter__(self) -> RoutedModel:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -90,15 +52,7 @@ class RoutedModel:
         self._instrument.set_sinks(())
         self._overrides.clear()
         self._users = 0
-        self._instrument.detach()
-
-    def __repr__(self) -> str:
-        info = self.info
-        return (
-            f"{type(self).__name__}({self.name!r}: {info.model_type}, "
-            f"{len(info.moe_layers)} MoE layers of {info.num_experts} experts, "
-            f"{info.experts_per_token} per token)"
-        )
+        super().close()
 
     # Seeing and changing -----------------------------------------------------------------
 
@@ -124,16 +78,33 @@ class RoutedModel:
 
     @contextmanager
     def recording(self, *sinks: Sink) -> Iterator[None]:
-        """Hand every forward inside the block to `sinks`."""
-        self._attach()
-        self._instrument.set_sinks((*self._instrument.sinks, *sinks))
+        """Hand every forward inside the block to `sinks`.
+
+        Where one takes single layers (see `Sink`), the model is evaluated layer by layer, so that
+        the values of all layers never are in memory together.
+        """
+        with self._evaluated_by_layer() if any(map(takes_layers, sinks)) else nullcontext():
+            self._attach()
+            self._instrument.set_sinks((*self._instrument.sinks, *sinks))
+            try:
+                yield
+            finally:
+                ended = {id(sink) for sink in sinks}
+                left = (sink for sink in self._instrument.sinks if id(sink) not in ended)
+                self._instrument.set_sinks(left)
+                self._release()
+
+    @contextmanager
+    def _evaluated_by_layer(self) -> Iterator[None]:
+        if self.streamed or self._evaluation is not None:
+            yield
+            return
+        self._evaluation = LayerStream(self.model, None, self._instrument)
         try:
             yield
         finally:
-            ended = {id(sink) for sink in sinks}
-            left = (sink for sink in self._instrument.sinks if id(sink) not in ended)
-            self._instrument.set_sinks(left)
-            self._release()
+            self._evaluation.close()
+            self._evaluation = None
 
     @contextmanager
     def override(
@@ -247,29 +218,7 @@ class RoutedModel:
         if self._users == 0:
             self._instrument.detach()
 
-    # Running -----------------------------------------------------------------------------
-
-    def forward(self, token_ids: Any, lengths: Sequence[int] | None = None) -> mx.array:
-        """Logits [B, L, vocab] of token ids [B, L] (or one sequence [L]), without a cache.
-
-        Args:
-            token_ids: Whole numbers; shorter rows are padded on the right.
-            lengths: [B] the real length of each row, so that pads are left out of every record.
-
-        Raises:
-            UsageError: If they are no batch of this model's token ids.
-        """
-        tokens = token_batch(token_ids, self.info.vocab_size)
-        self._instrument.lengths = batch_lengths(lengths, tokens.shape)
-        try:
-            logits: mx.array = self.model(mx.array(tokens))
-            return logits
-        finally:
-            self._instrument.lengths = None
-
-    def encode(self, prompt: str | Sequence[int], *, chat: bool = False) -> list[int]:
-        """Token ids of a prompt; with `chat`, of the chat template with it as user message."""
-        return encode_prompt(self.tokenizer, prompt, chat=chat)
+    # Writing -----------------------------------------------------------------------------
 
     def stream(
         self,
@@ -289,7 +238,8 @@ class RoutedModel:
                 what ``mlx_lm.stream_generate`` takes.
         """
         tokens = self.encode(prompt, chat=chat)
-        with self._maybe_override(experts_per_token):
+        trouble = blaming_the_model(self.name, self.path, len(tokens))
+        with self._maybe_override(experts_per_token), trouble:
             yield from stream_tokens(self.model, self.tokenizer, tokens, **options)
 
     def generate(
@@ -306,10 +256,3 @@ class RoutedModel:
         else:
             with self.override(k=experts_per_token):
                 yield
-
-
-def _kernel(mode: str | None) -> Kernel:
-    try:
-        return Kernel(mode)
-    except ValueError as error:
-        raise UsageError(str(error)) from error

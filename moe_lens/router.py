@@ -7,9 +7,11 @@ from typing import Any, Self
 
 from .async_router import AsyncExpertRouter
 from .corpus import Corpus
-from .loading import load
+from .families import STOCK, decide
+from .loading import load, read_weights
 from .recording import record_trace
 from .routed_model import RoutedModel
+from .streaming.loads import streamed_loads
 from .trace import Trace
 
 
@@ -36,10 +38,15 @@ class ExpertRouter(RoutedModel):
         revision: str | None = None,
         trust_remote_code: bool = False,
         kernel: str | None = None,
+        stream: bool | None = None,
+        trust_model_file: bool = False,
+        cpu_experts: str = STOCK,
     ) -> Self:
         """Load ``demo``, a folder, or a hub id.
 
         On MLX's CPU backend a half-precision model is cast to float32 in memory (see `notes`).
+        A model that does not fit into memory is streamed: the weights of a layer are read when it
+        runs. It answers the same, to the last bit, at the cost of a reading for each forward.
 
         Args:
             name: ``demo``, a folder, or a hub id.
@@ -47,16 +54,31 @@ class ExpertRouter(RoutedModel):
             trust_remote_code: Let the tokenizer run code that comes with the model.
             kernel: Whether overridden routing runs in the fused kernel: ``auto`` (where a GPU
                 has proved it), ``never`` or ``always``; None: as MOE_LENS_KERNEL says, or auto.
+            stream: Whether the weights are read layer by layer; None: if they take more than 60 %
+                of the free memory.
+            trust_model_file: Let the model's own file run, and no code of its tokenizer.
+            cpu_experts: How the experts are computed on MLX's CPU backend (see the attribute):
+                ``stock``, as mlx-lm does, to the last bit, ``segmented``, or ``auto``.
 
         Raises:
-            UsageError: For a name that is no model.
+            UsageError: For a name that is no model, or ``segmented`` on a GPU.
             UnsupportedModelError: For a dense model, or code that was not trusted.
             MoeLensError: For missing or corrupt files, or a hub that cannot be reached.
         """
+        decide(cpu_experts)
         model, tokenizer, config, path = load(
-            name, revision=revision, trust_remote_code=trust_remote_code
+            name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            trust_model_file=trust_model_file,
+            lazy=True,
         )
-        return cls(model, tokenizer, config, name=str(name), path=path, kernel=kernel)
+        fresh = streamed_loads(model, path, stream)
+        if fresh is None:
+            read_weights(model, path)
+        found = cls(model, tokenizer, config, name=str(name), path=path, kernel=kernel, fresh=fresh)
+        found.cpu_experts = cpu_experts
+        return found
 
     @classmethod
     async def from_pretrained_async(cls, name: str | Path, **options: Any) -> AsyncExpertRouter:

@@ -108,7 +108,7 @@ def open_case(name: str, mode: str) -> Iterator[Case]:
         if mode != "float32":
             stack.enter_context(cpu_stand_ins.half_precision_experts())
             stack.enter_context(
-                mock.patch("moe_lens.routed_model.compute_in_float32", return_value=None)
+                mock.patch("moe_lens.loaded_model.compute_in_float32", return_value=None)
             )
         case = Case(name, mode, ExpertRouter(model, None, config, name=name))
         assert bool(mx.isfinite(case.plain).all())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -303,3 +304,69 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     output = write(plan, source, tmp_path / "a", progress=lambda *each: seen.append(each))
     assert seen[-1][0] == seen[-1][1] == sum(v.nbytes for v in tensors(output).values())
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+@pytest.mark.parametrize("part", ["switch_mlp.up_proj.weight", "gate.weight"])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_damaged_experts_and_routers_are_not_written(part: str, bad: float, tmp_path: Path) -> None:
+    source, plan = prepared(tmp_path, dtype=mx.bfloat16)
+    weights = source / "model.safetensors"
+    content = dict(tensors(source))
+    name = f"model.layers.1.mlp.{part}"
+    kept = plan.layers[0].groups[2].experts[0]
+    content[name] = content[name] * 1
+    content[name][kept, ..., 3] = bad
+    mx.eval(list(content.values()))
+    mx.save_safetensors(str(weights), content, {"format": "mlx"})
+    plan = replace(plan, model=replace(plan.model, fingerprint=""))
+    with pytest.raises(MoeLensError, match=f"{name} holds NaN or infinity, so the model is damag"):
+        write(plan, source, tmp_path / "smaller")
+    assert not (tmp_path / "smaller").exists()
+
+
+def test_a_parent_that_changes_while_it_is_written_from(tmp_path: Path) -> None:
+    source, plan = prepared(tmp_path)
+
+    def change(done: int, total: int) -> None:
+        os.utime(source / "model.safetensors", ns=(0, done))
+
+    with pytest.raises(MoeLensError, match=r"changed while it was read \(model\.safetensors\)"):
+        write(plan, source, tmp_path / "smaller", progress=change)
+    assert not (tmp_path / "smaller").exists()
+
+
+def test_links_of_the_parent_lead_out_of_nowhere_else(tmp_path: Path) -> None:
+    source, plan = prepared(tmp_path)
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "key").write_text("secret")
+    (source / "notes.txt").symlink_to(private / "key")
+    (source / "lost.txt").symlink_to("nothing")
+    (source / "alias.txt").symlink_to("tokenizer.json")
+    (source / "additional_chat_templates").symlink_to(private)
+    (source / "tokenizer.json").rename(private / "tokenizer.json")
+    (source / "tokenizer.json").symlink_to(private / "tokenizer.json")
+    os.mkfifo(source / "pipe")
+    said: list[str] = []
+    output = write(plan, source, tmp_path / "smaller", say=said.append)
+    assert (output / "tokenizer.json").read_bytes() == (private / "tokenizer.json").read_bytes()
+    assert not {"notes.txt", "lost.txt", "pipe", "alias.txt"} & {f.name for f in output.iterdir()}
+    assert any("notes.txt is not copied: it is a link out of" in each for each in said)
+    assert any("lost.txt is not copied: it is a link to nothing" in each for each in said)
+    assert any("pipe is not copied: it is no plain file" in each for each in said)
+    assert not any(file.is_symlink() for file in output.rglob("*"))
+
+
+def test_the_cache_of_the_hub_is_copied_as_files(tmp_path: Path) -> None:
+    source, plan = prepared(tmp_path)
+    (source / "LICENSE").write_text("free")
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "1"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(sorted(source.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("../../blobs") / str(number))
+    output = write(plan, snapshot, tmp_path / "smaller")
+    assert (output / "LICENSE").read_text() == "free"
+    assert not any(file.is_symlink() for file in output.rglob("*"))
+    load(str(output))

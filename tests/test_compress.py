@@ -100,7 +100,7 @@ def test_the_loss_of_the_plan_is_that_of_the_written_model(
 ) -> None:
     smaller = ExpertRouter.from_pretrained(str(merged.output))
     tokens = read_corpus(place / "learn.jsonl").tokenize(smaller.tokenizer, 512)
-    loss = compare(smaller.forward, [smaller.forward], tokens, 128)[0].nll_after.mean()
+    loss = compare(smaller.forwards, [smaller.forwards], tokens, 128)[0].nll_after.mean()
     stored = merged.plan.evidence["experts_per_token"]["nll_by_k"]["1"]
     assert loss == pytest.approx(stored, abs=1e-5)
 
@@ -154,13 +154,20 @@ def test_removing_by_ratio(method: str, place: Path, tmp_path: Path) -> None:
         tmp_path / "smaller",
         ratio=0.25,
         method=method,
-        progress=lambda stage, done, total: stages.append(stage),
+        progress=lambda stage, done, total: stages.append(str(stage)),
     )
     assert found.plan.num_experts == 12
     assert found.plan.experts_per_token == 2
     assert found.verification is not None
     assert found.verification.loss.kl.value > 0
-    assert list(dict.fromkeys(stages)) == ["calibrating", "writing", "verifying"]
+    assert list(dict.fromkeys(stages)) == [
+        "loading",
+        "calibrating",
+        "planning",
+        "writing",
+        "verifying",
+        "reporting",
+    ]
     model, _ = load(str(found.output))
     assert model.args.num_experts == 12
     assert found.definition.startswith(found.plan.definition)
@@ -247,16 +254,32 @@ def test_unreached_experts_and_bundled_text_are_said(place: Path, tmp_path: Path
         assert all(layer.saliency[expert] is None for expert in layer.removed)
 
 
-def test_a_failed_verification_leaves_nothing(
+def test_an_interrupted_verification_leaves_no_model_and_is_gone_on_with(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("moe_lens.compress.compression.verify", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(place, tmp_path / "smaller", ratio=0.5, method="reap")
-    assert list(tmp_path.iterdir()) == []
+    with monkeypatch.context() as patched:
+        patched.setattr("moe_lens.compress.making.verify", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(place, tmp_path / "smaller", ratio=0.5, method="reap")
+    assert [path.name for path in tmp_path.iterdir()] == [".smaller.work"]
+    stages: list[str] = []
+    found = run(
+        place,
+        tmp_path / "smaller",
+        ratio=0.5,
+        method="reap",
+        resume=True,
+        progress=lambda stage, done, total: stages.append(stage.name),
+    )
+    assert found.verification is not None
+    assert "calibrating" not in stages
+    assert "goes on with what an earlier run has done (calibrated, planned, weight files: 1)" in (
+        found.notes
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["smaller"]
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_the_rows_that_were_measured_are_those_written(
     again = read_plan(folder / "plan.json")
     assert again == made
     written = ExpertRouter.from_pretrained(folder)
-    found = compare(bench.router.forward, [written.forward], words(9), VOCABULARY)[0]
+    found = compare(bench.router.forwards, [written.forwards], words(9), VOCABULARY)[0]
     assert found.kl.mean() == pytest.approx(evidence["kl_after"]["value"], rel=1e-3)
     router: Any = written.layers[0].router
     parent: Any = bench.router.layers[0].router
@@ -174,9 +174,9 @@ def test_without_gradients_it_is_refused_before_anything_else(tmp_path: Path) ->
             calibration=write_words(tmp_path / "learn.jsonl", 6, 1, words=8),
             evaluation=write_words(tmp_path / "test.jsonl", 2, 2, words=8),
             dry_run=True,
-            progress=lambda stage, done, total: stages.append(stage),
+            progress=lambda stage, done, total: stages.append(str(stage)),
         )
-    assert stages == []
+    assert set(stages) == {"loading"}
 
 
 def test_a_model_that_can_be_trained_stays_as_it_was(tmp_path: Path) -> None:

@@ -209,8 +209,8 @@ def test_every_argument_is_an_option_or_changes_nothing() -> None:
     arguments = set(inspect.signature(compress).parameters)
     asked = {field.name for field in fields(Asked)} - {"repair_steps"} | {"repair_router"}
     read = {field.name for field in fields(Texts)}
-    apart = {"name", "output", "trust_remote_code", "revision"}
-    no_effect = {"max_kl", "dry_run", "force", "progress", "say"}
+    apart = {"name", "output", "format", "trust_remote_code", "revision"}
+    no_effect = {"max_kl", "dry_run", "force", "resume", "stream", "progress", "say"}
     assert arguments == asked | read | apart | no_effect
 
 
@@ -218,8 +218,8 @@ def test_every_option_of_the_commands_exists(
     pruned: CompressionResult, capfd: pytest.CaptureFixture[str]
 ) -> None:
     everything = {field.name: 1 for field in fields(Asked)} | {"plan": None, "merging": Merging()}
-    texts = Texts("a", "b", 1, 2, True, 3)
-    defaults = {"sample_size": 128, "sequence_length": 512, "seed": 0}
+    texts = Texts("a", "b", 1, 2, True, 3, "stock")
+    defaults = {"sample_size": 128, "sequence_length": 512, "seed": 0, "cpu_experts": "auto"}
     found = commands(
         pruned.plan, "small", Asked(**everything), texts, defaults, trust_remote_code=True
     )
@@ -228,8 +228,8 @@ def test_every_option_of_the_commands_exists(
     assert found.compress is not None
     options = [word for word in found.compress if word.startswith("--")]
     assert set(options) <= known
-    # All but the plan and the statistics; a merge has five, both texts and their reading eight.
-    assert len(options) == len(fields(Asked)) - 3 + 5 + 8
+    # All but the plan and the statistics; a merge has five, both texts and their reading nine.
+    assert len(options) == len(fields(Asked)) - 3 + 5 + 9
 
 
 # Pictures -----------------------------------------------------------------------------------

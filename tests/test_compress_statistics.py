@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ from moe_lens.compress.calibration.sink import CalibrationSink, Tokens
 from moe_lens.compress.statistics.statistics import LayerStatistics
 from moe_lens.corpus import read_corpus
 from moe_lens.errors import CaptureError, MoeLensError, UsageError
+from moe_lens.families.seams import ExpertOutputs
 from moe_lens.router import ExpertRouter
+from moe_lens.streaming import Batch
 from tiny_models import save_checkpoint
 from twins import write_words
 
@@ -179,11 +180,12 @@ def test_calibration_does_not_change_what_the_model_computes(tmp_path: Path) -> 
     plain = router.forward([TOKENS[0]])
     mx.eval(plain)
     sink = CalibrationSink(router.layers)
-    sink.next_tokens = replace(Tokens.plain(len(TOKENS[0])), sampled=np.ones(len(TOKENS[0]), bool))
+    ids = np.array([TOKENS[0]], np.int32)
+    tokens = replace(Tokens.plain(ids.size), sampled=np.ones(ids.size, bool))
     with router.recording(sink):
-        watched = router.forward([TOKENS[0]])
+        (watched,) = router.forwards([Batch(ids, about=tokens)])
         mx.eval(watched)
-    sink.compare_experts()
+    assert len(sink.statistics[0].sampled_ids) == ids.size
     after = router.forward([TOKENS[0]])
     assert sink.tokens == len(TOKENS[0])
     assert bool(mx.array_equal(plain, watched))
@@ -195,20 +197,8 @@ def test_a_model_that_changes_while_it_is_watched_is_refused(
 ) -> None:
     router = open_tiny("qwen3_moe", tmp_path)
     corpus = read_corpus(write_words(tmp_path / "words.jsonl", 2, 0))
-    forward, recording = router.forward, router.recording
-    watched: list[bool] = []
-
-    @contextmanager
-    def watching(*sinks: Any) -> Any:
-        with recording(*sinks):
-            watched.append(True)
-            yield
-            watched.pop()
-
-    monkeypatch.setattr(router, "recording", watching)
-    monkeypatch.setattr(
-        router, "forward", lambda *args: forward(*args) * (1.0 + 1e-6 * len(watched))
-    )
+    multiply = ExpertOutputs.__mul__  # stands in the way only while somebody watches
+    monkeypatch.setattr(ExpertOutputs, "__mul__", lambda *both: multiply(*both) * (1.0 + 1e-6))
     with pytest.raises(CaptureError, match="other logits while it is watched"):
         calibrate(router, corpus, similarity=False)
 

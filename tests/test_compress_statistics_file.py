@@ -14,11 +14,12 @@ from moe_lens.compress import Calibration, calibrate, compress
 from moe_lens.compress.calibration.notes import calibration_notes
 from moe_lens.compress.calibration.statistics_reuse import calibrate_once
 from moe_lens.compress.pruning.pruning import plan_prune
+from moe_lens.compress.statistics.array_file import read_arrays, write_arrays
 from moe_lens.compress.statistics.convergence import rank_stability
 from moe_lens.compress.statistics.routed_sums import RoutedSums
 from moe_lens.compress.statistics.saliency import saliency
 from moe_lens.compress.statistics.statistics import LayerStatistics
-from moe_lens.compress.statistics.statistics_file import load_statistics, save_statistics
+from moe_lens.compress.statistics.statistics_file import KIND, load_statistics, save_statistics
 from moe_lens.corpus import Corpus, read_corpus
 from moe_lens.errors import MoeLensError, UsageError
 from moe_lens.router import ExpertRouter
@@ -146,6 +147,37 @@ def test_files_that_hold_no_statistics_are_refused(opened: Opened, tmp_path: Pat
     assert model is not None
     with pytest.raises(MoeLensError, match="holds no calibration"):
         load_statistics(Path(model) / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c, a: c.update(layers=[]), "layers are missing"),
+        (lambda c, a: c["layers"][0].update(labels=[]), "layers are missing or of the wrong kind"),
+        (lambda c, a: c["layers"][0].update(halves=[1]), "has not two halves"),
+        (lambda c, a: c["layers"].append(c["layers"][0]), "has a layer twice"),
+        (lambda c, a: c["model"].update(num_experts=7), r"is int64 \[8, 8\], which cannot be"),
+        (lambda c, a: c["model"].pop("name"), "it is incomplete"),
+        (lambda c, a: c["collected"].update(similarity=1), '"collected" is missing or of the'),
+        (lambda c, a: a.pop("layers.1.together"), "it has no layers.1.together"),
+        (lambda c, a: a.update({"layers.1.cosine_sums": np.zeros(3)}), "cosine_sums is float64"),
+        (lambda c, a: a.update({"layers.1.logit_gram": np.zeros((2, 2))}), "logit_gram is float64"),
+        (
+            lambda c, a: a.update({"layers.1.sampled_ids": np.full((2, 2), 99, np.uint16)}),
+            "layer 1 counts what cannot be",
+        ),
+    ],
+)
+def test_statistics_that_contradict_themselves(
+    opened: Opened, tmp_path: Path, change: Any, message: str
+) -> None:
+    path = tmp_path / "statistics.safetensors"
+    save_statistics(opened[2], path)
+    content, arrays = read_arrays(path, KIND)
+    change(content, arrays)
+    write_arrays(path, KIND, content, arrays)
+    with pytest.raises(MoeLensError, match=message):
+        load_statistics(path)
 
 
 def test_compress_uses_the_file(opened: Opened, tmp_path: Path) -> None:

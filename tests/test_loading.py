@@ -10,6 +10,7 @@ import pytest
 
 from moe_lens import ExpertRouter, MoeLensError, UnsupportedModelError, UsageError
 from moe_lens.loading import load
+from moe_lens.trial_run import blaming_the_model
 from tiny_models import save_checkpoint
 
 
@@ -120,3 +121,31 @@ def test_half_precision_runs_in_float32_on_the_cpu_and_says_so(
     assert "computing in float32" in router.notes[0]
     mx.eval(router.forward([1, 2, 3]))
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_model_that_mlx_lm_builds_but_cannot_run(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_experts_per_tok": 255}))
+    router = ExpertRouter.from_pretrained(folder)
+    assert router.info.experts_per_token == 255
+    for run in (lambda: router.forward([1, 2]), lambda: router.generate("w1", max_tokens=2)):
+        with pytest.raises(MoeLensError, match=r"mlx-lm cannot run .*argpartition.*: its config"):
+            run()
+
+
+def test_a_mistake_of_ours_is_not_blamed_on_the_model(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = ExpertRouter.from_pretrained(folder)
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("ours")
+
+    monkeypatch.setattr(type(router.model), "__call__", fail)
+    router.path = None
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        router.forward([1, 2])
+    monkeypatch.undo()
+    router.path = folder
+    with pytest.raises(ZeroDivisionError), blaming_the_model("m", folder, 2):
+        fail()

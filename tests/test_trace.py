@@ -230,6 +230,70 @@ class TestDamage:
         with pytest.raises(MoeLensError, match=message):
             Trace.open(folder)
 
+    @pytest.mark.parametrize(
+        ("name", "change", "message"),
+        [
+            ("trace.json", {"layers": "12"}, '"layers" is missing or of the wrong kind'),
+            ("trace.json", {"layers": [2, 1]}, '"layers" do not ascend'),
+            ("trace.json", {"router_width": 0}, "no possible number of experts"),
+            ("trace.json", {"slots": 0}, "no possible number of slots"),
+            ("trace.json", {"slots": None}, "no possible number of slots"),
+            ("trace.json", {"complete": 1}, '"complete" is missing or of the wrong kind'),
+            ("trace.json", {"model": {}}, '"model" is missing'),
+            ("prompts.json", {"labels": [[]]}, '"labels" are missing or of the wrong kind'),
+            ("prompts.json", {"labels": []}, "not one label, hash and length"),
+            ("prompts.json", {"tokens": [5, 0, 7, 1, 4, -1]}, "no possible length"),
+            ("prompts.json", {"tokens": [5, 0, 7, 2, 4, 0]}, "have not the tokens of shard-00001"),
+            ("tokens.json", {"text": [1]}, "holds no texts of tokens"),
+            ("tokens.json", {"bytes": {"1": "xy"}}, "holds no texts of tokens"),
+        ],
+    )
+    def test_json_that_cannot_be(
+        self, folder: Path, name: str, change: dict[str, Any], message: str
+    ) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | change))
+        with pytest.raises(MoeLensError, match=message):
+            Trace.open(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"file": "../trace.json"}, "names a shard that is none"),
+            ({"file": "/etc/passwd"}, "names a shard that is none"),
+            ({"extra": 1}, "names a shard that is none"),
+            ({"tokens": 0}, "says of shard-00000.safetensors what cannot be"),
+            ({"sha256": "f"}, "says of shard-00000.safetensors what cannot be"),
+            ({"first_prompt": 1}, "do not follow one another"),
+            ({"stop_prompt": 3}, "do not follow one another"),
+        ],
+    )
+    def test_shards_that_cannot_be(
+        self, folder: Path, change: dict[str, Any], message: str
+    ) -> None:
+        content = json.loads((folder / "trace.json").read_text())
+        content["shards"][0] |= change
+        (folder / "trace.json").write_text(json.dumps(content))
+        with pytest.raises(MoeLensError, match=message):
+            Trace.open(folder)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "message"),
+        [
+            ("prompt", np.full(5, 9, np.int32), "prompts of other shards"),
+            ("token_ids", np.full(5, -1, np.int32), "tokens that are none"),
+            ("position", np.zeros(5, np.float32), "position is float32"),
+        ],
+    )
+    def test_arrays_that_cannot_be(self, folder: Path, name: str, value: Any, message: str) -> None:
+        path = folder / "shard-00000.safetensors"
+        save_file(load_file(path) | {name: value}, path)
+        content = json.loads((folder / "trace.json").read_text())
+        content["shards"][0]["bytes"] = path.stat().st_size
+        (folder / "trace.json").write_text(json.dumps(content))
+        with pytest.raises(MoeLensError, match=message):
+            list(Trace.open(folder).shards())
+
     def test_incomplete(self, tmp_path: Path, routes: Routes) -> None:
         write(tmp_path, routes, shards=2)
         assert is_trace(tmp_path)

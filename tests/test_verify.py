@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,6 +23,7 @@ from moe_lens.compress.verification.verify import loss
 from moe_lens.corpus import Corpus, Prompt, read_corpus
 from moe_lens.errors import CaptureError, UsageError
 from moe_lens.router import ExpertRouter
+from moe_lens.streaming import Batch, Passed
 from tiny_models import save_checkpoint
 from twins import write_words
 
@@ -43,7 +45,7 @@ def log_probabilities(router: ExpertRouter, tokens: list[int]) -> np.ndarray:
 
 def test_losses_equal_a_float64_calculation_prompt_by_prompt(tmp_path: Path) -> None:
     first, second = open_tiny(tmp_path / "a"), open_tiny(tmp_path / "b", seed=1)
-    [found] = compare(first.forward, [second.forward], TOKENS, 128)
+    [found] = compare(first.forwards, [second.forwards], TOKENS, 128)
     assert found.prompt.tolist() == [0] * 8 + [3] * 29 + [4]
     for prompt in (0, 3, 4):
         tokens = TOKENS[prompt]
@@ -70,13 +72,12 @@ def test_what_reading_costs_is_measured_on_the_longest_prompts(tmp_path: Path) -
 
 
 def test_kl_of_a_token_that_is_ruled_out_is_no_nan() -> None:
-    def ruled_out(ids: np.ndarray, lengths: list[int]) -> mx.array:
-        logits = mx.zeros((*ids.shape, 4))
-        logits[..., 0] = -float("inf")
-        return logits
+    def plain(batches: Sequence[Batch], passed: Passed | None) -> list[mx.array]:
+        return [mx.zeros((*batch.ids.shape, 4)) for batch in batches]
 
-    def plain(ids: np.ndarray, lengths: list[int]) -> mx.array:
-        return mx.zeros((*ids.shape, 4))
+    def ruled_out(batches: Sequence[Batch], passed: Passed | None) -> list[mx.array]:
+        never = mx.array([-float("inf"), 0.0, 0.0, 0.0])
+        return [logits + never for logits in plain(batches, passed)]
 
     [found] = compare(ruled_out, [plain], [[1, 2, 3]], 4)
     np.testing.assert_allclose(found.kl, math.log(4 / 3), rtol=1e-6)
@@ -129,7 +130,7 @@ def test_a_model_lost_nothing_against_itself(tmp_path: Path, corpus: Corpus) -> 
     # 12 prompts of 40 tokens are read, 12 beginnings continued by both models, 2 of them again.
     assert total[0] == 2 * 480 + 2 * (12 + 2) * 64
     assert found.drift.mean == Measure(0.0, 0.0, 0.0, 0.0)
-    assert found.repetition.change == Measure(0.0, 0.0, 0.0, 0.0)
+    assert found.use.repetition.change == Measure(0.0, 0.0, 0.0, 0.0)
     assert found.stock_load is not None
     assert found.stock_load.largest_difference == 0.0
     assert found.size_before.bytes == router.info.bytes
@@ -145,7 +146,7 @@ def test_another_model_is_a_large_loss(tmp_path: Path, corpus: Corpus) -> None:
     plain = json.loads(text)
     assert plain["loss"]["kl"]["value"] == found.loss.kl.value
     assert plain["loss"]["kl_99"] == found.loss.kl_99
-    assert plain["memory"]["before"] > found.memory.weights_before == found.size_before.bytes
+    assert plain["memory"]["before"] > found.use.memory.weights_before == found.size_before.bytes
     for speed in plain["tokens_per_second"].values():
         assert speed["ratio"] == pytest.approx(speed["after"] / speed["before"])
         assert speed["before"] > 0
@@ -294,7 +295,9 @@ def test_warnings(ratio: float, kl: float, count: int, equal: Verification) -> N
 def test_repetition_is_warned_of_when_it_is_sure(
     change: Measure, said: bool, equal: Verification
 ) -> None:
-    found = replace(equal, repetition=replace(equal.repetition, change=change))
+    assert equal.use is not None
+    repetition = replace(equal.use.repetition, change=change)
+    found = replace(equal, use=replace(equal.use, repetition=repetition))
     assert [text for text in found.warnings if "repeats itself" in text] == list(found.warnings)
     assert len(found.warnings) == said
 

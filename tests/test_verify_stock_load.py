@@ -102,9 +102,9 @@ def test_half_precision_is_compared_in_float32(
     assert found.stock_load is not None
     assert found.stock_load.largest_difference == 0.0
     assert found.loss.kl.value == 0.0
-    assert found.memory.weights_before == 2 * found.size_before.bytes
+    assert found.use.memory.weights_before == 2 * found.size_before.bytes
     if mx.default_device() == mx.cpu:
-        assert found.device == "CPU in float32"
+        assert found.device == "CPU in float32, experts by segment"
 
 
 def test_logits_that_are_ruled_out_must_be_so_in_both() -> None:

@@ -17,13 +17,15 @@ from .checkpoint.expert_width import width_for
 from .checkpoint.in_memory import in_memory
 from .choice.frontier import Frontier, frontier
 from .choice.simulate import simulated
-from .compression import STAGES, CompressionResult, compress
+from .compression import compress
+from .compression_result import CompressionResult
 from .merging.planning import NothingToMergeError, plan_merge
 from .plan.plan import ExpertGroup, LayerPlan, Plan
 from .plan.plan_json import read_plan
 from .pruning.channels import plan_channels
 from .pruning.pruning import plan_every_prune, plan_prune
 from .report.upload import upload
+from .stages import STAGES
 from .statistics.channel_statistics import ChannelCalibration, ChannelStatistics
 from .statistics.similarity import SCALE, Similarity, similarity
 from .statistics.statistics import Calibration, LayerStatistics

@@ -3,101 +3,41 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import mlx.core as mx
-
+from moe_lens.checkpoint_files.unchanged import FolderState
 from moe_lens.corpus import Corpus
 from moe_lens.errors import UsageError
+from moe_lens.families import AUTO, LIST_NOTE, SEGMENTED, decide
 from moe_lens.loading import resolve
+from moe_lens.telling import LOADING, Say, StageProgress, begin
+from moe_lens.timing import Stopwatch
 
-from .calibration.held_out import check_held_out, remember_text
+from .calibration.held_out import check_held_out
 from .calibration.texts import bundled_note, read_text
-from .checkpoint.checkpoint import write_checkpoint
-from .checkpoint.in_memory import in_memory
-from .checkpoint.model_file import forget_compiled
-from .checkpoint.staging import check_output, staged
+from .checkpoint.content import check_format
 from .choice.asked import Asked
+from .compression_result import CompressionResult
+from .hugging_face.exported import check_exportable
+from .making import Making
 from .merging.merging import Merging
-from .plan.json_text import dump
+from .merging.planning import NothingToMergeError
+from .notes import Notes
 from .plan.plan import Plan
-from .plan_stage import PlanStage, Reading
+from .plan.plan_json import read_plan
+from .plan_stage import Reading
 from .report.commands import Texts, commands
-from .report.report_file import write_report
-from .telling import Say, StageProgress, of_stage
-from .tensors.parent import Parent, open_parent
-from .verification.stock_load import Live
-from .verification.verification import LossTooLargeError, Verification, check_max_kl
-from .verification.verify import verify
-
-if TYPE_CHECKING:
-    from moe_lens.router import ExpertRouter
-
-STAGES = (
-    "calibrating",
-    "calibrating channels",
-    "sampling layers",
-    "measuring layers",
-    "choosing experts per token",
-    "repairing the router",
-    "writing",
-    "verifying",
-)
-"""What the progress of `compress` names, in this order, and ``trying ...`` for each method that is
-tried."""
+from .requests import compression_request
+from .resuming.output_place import check_output
+from .resuming.work_folder import WorkFolder
+from .resuming.working import working_at
+from .tensors.parent import open_parent
+from .verification.verification import LossTooLargeError, check_max_kl
 
 SAMPLE_SIZE = 128
 SEQUENCE_LENGTH = 512
-
-
-@dataclass(frozen=True)
-class CompressionResult:
-    """What `compress` did.
-
-    `output` and `verification` are None after a dry run. `notes` are sentences a user should see:
-    which text was used, experts that no token reached, how the model was made to run here.
-    """
-
-    plan: Plan
-    output: Path | None
-    verification: Verification | None
-    notes: tuple[str, ...] = ()
-
-    @property
-    def definition(self) -> str:
-        """What the numbers in plan and verification mean."""
-        parts = [self.plan.definition]
-        if self.verification is not None:
-            parts.append(self.verification.definition)
-        return "; ".join(parts)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """The warnings of the verification."""
-        return () if self.verification is None else self.verification.warnings
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "output": None if self.output is None else str(self.output),
-            "plan": self.plan.to_dict(),
-            "verification": None if self.verification is None else self.verification.to_dict(),
-            "notes": list(self.notes),
-            "warnings": list(self.warnings),
-        }
-
-    def to_json(self) -> str:
-        """Indented JSON."""
-        return dump(self.to_dict())
-
-    def _repr_html_(self) -> str:
-        parts = [self.plan._repr_html_()]
-        if self.verification is not None:
-            parts.append(self.verification._repr_html_())
-        return "".join(parts)
 
 
 def compress(
@@ -126,11 +66,15 @@ def compress(
     statistics_file: str | Path | None = None,
     stop_at: float | None = None,
     max_kl: float | None = None,
+    format: str = "mlx",
     dry_run: bool = False,
     force: bool = False,
+    resume: bool = False,
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    stream: bool | None = None,
+    cpu_experts: str = AUTO,
     progress: StageProgress | None = None,
     say: Say | None = None,
 ) -> CompressionResult:
@@ -185,11 +129,20 @@ def compress(
             alike (see `calibrate`). None: read all of the text.
         max_kl: Refuse to leave a model whose mean KL divergence on the held-out text is above
             this, in nats per token.
+        format: ``mlx``, or ``hf`` for names and tensors as Hugging Face transformers has them, so
+            that transformers, vLLM and llama.cpp's converter read it; mlx-lm opens both.
         dry_run: Stop after the plan; nothing is written.
         force: Replace a model that stands at `output`, once the new one is complete.
+        resume: Go on with what a stopped run of the same call has done; the result is the same,
+            to the last bit. Otherwise that is removed.
         seed: Of every random choice; the same seed gives the same model.
         revision: Of a hub id.
         trust_remote_code: Let the tokenizer run code that comes with the model.
+        stream: Whether weights are read layer by layer, for models larger than memory; the result
+            is the same. None: if they take more than 60 % of the free memory.
+        cpu_experts: How experts are computed while the parent is read and plans are tried and
+            measured: ``stock``, ``segmented`` (`RoutedModel.cpu_experts`), or ``auto``. The last
+            bits of what is measured depend on it, so plan and verification say which it was.
         progress: Called with the stage, and how much of how much is done.
         say: Called with each note as it arises; all notes are in the result as well.
 
@@ -207,6 +160,7 @@ def compress(
     """
     from moe_lens.router import ExpertRouter
 
+    clock = Stopwatch(progress)
     asked = Asked(
         threshold=threshold,
         ratio=ratio,
@@ -226,62 +180,99 @@ def compress(
         per_layer=per_layer,
     )
     asked.check()
-    _check_result(output, max_kl, dry_run)
+    computed = decide(cpu_experts)
+    check_format(format, per_layer=per_layer)
+    _check_result(output, max_kl, dry_run, resume)
     source = resolve(name, revision)
     folder = None if output is None else Path(output).expanduser().absolute()
     if folder is not None and not dry_run:
-        check_output(folder, source, force=force)
-    notes = _Notes(say)
+        check_output(folder, source, force=force or resume)
+    notes = Notes(say)
     learn, test = _texts(name, calibration, evaluation, notes)
     if sample_size is not None:
         learn, test = learn.sample(sample_size, seed), test.sample(sample_size, seed)
     notes.extend([*learn.notes, *test.notes])
     check_held_out(learn, test)
     asked.check_text(learn)
-
-    router = ExpertRouter.from_pretrained(source, trust_remote_code=trust_remote_code)
-    router.name = str(name)
-    notes.extend(router.notes)
-    reading = Reading(sequence_length, chat_template, seed, trust_remote_code)
-    stage = PlanStage(router, asked, learn, reading, progress=progress, say=notes.add)
-    made = stage.plan()
-    if asked.plan is None:
-        made = remember_text(_with_settings(made, sample_size, chat_template), learn)
-    del stage
-    if dry_run or folder is None:
-        return CompressionResult(made, None, None, tuple(notes.all))
-
-    texts = Texts(calibration, evaluation, sample_size, sequence_length, chat_template, seed)
-    again = commands(
-        made,
-        folder.name,
-        asked if revision is None else None,  # the command line reads the newest only
-        texts,
-        _DEFAULTS,
-        trust_remote_code=trust_remote_code,
-    )
-    with staged(folder, force=force, say=notes.add) as partial:
-        parent = open_parent(source, trust_remote_code=trust_remote_code)
-        write_checkpoint(
-            parent, made, partial, progress=of_stage(progress, "writing"), say=notes.add
+    if format == "hf":
+        check_exportable(
+            open_parent(source, trust_remote_code=trust_remote_code),
+            changed=asked.may_change_experts,
         )
-        found = verify(
-            router,
-            partial,
-            test,
-            name=folder.name,
-            live=_live(router, parent, made, trust_remote_code),
+
+    first_seen = FolderState.of(source)
+    if folder is None or dry_run:
+        place: AbstractContextManager[WorkFolder | None] = nullcontext()
+    else:
+        settings: dict[str, Any] = {
+            "sample_size": sample_size,
+            "sequence_length": sequence_length,
+            "chat_template": chat_template,
+            "seed": seed,
+            "trust_remote_code": trust_remote_code,
+            "cpu_experts": computed,
+            "format": format,
+        }
+        request = compression_request(name, first_seen, asked, (learn, test), settings)
+        place = working_at(
+            folder,
+            request,
+            resume=resume,
+            force=force,
+            refusals=(NothingToMergeError, LossTooLargeError),
+            say=notes.aside,
+        )
+    with place as work, first_seen.explaining():
+        if work is not None and work.finished:
+            notes.aside(f"{work.output} is already made, by a run that was asked for just this")
+            made = read_plan(work.output / "plan.json")
+            return CompressionResult(made, work.output, None, clock.timing(), notes.said)
+        begin(clock, LOADING)
+        router = ExpertRouter.from_pretrained(
+            source, trust_remote_code=trust_remote_code, stream=stream
+        )
+        router.name = str(name)
+        if not router.streamed:
+            clock(LOADING, router.info.bytes, router.info.bytes)
+        notes.extend(router.notes)
+        computed = decide(computed, router.layers)
+        if cpu_experts == SEGMENTED != computed:
+            notes.add(LIST_NOTE)
+        making = Making(
+            router=router,
+            source=source,
+            asked=asked,
+            reading=Reading(sequence_length, chat_template, seed, trust_remote_code, computed),
+            sample_size=sample_size,
+            stream=stream,
+            format=format,
+            clock=clock,
+            notes=notes,
+            unchanged=first_seen.check,
+        )
+        made = making.plan(learn, work)
+        if work is None:
+            return CompressionResult(made, None, None, clock.timing(), notes.said)
+        texts = Texts(
+            calibration,
+            evaluation,
+            sample_size,
+            sequence_length,
+            chat_template,
+            seed,
+            cpu_experts,
+        )
+        again = commands(
+            made,
+            work.output.name,
+            asked if revision is None else None,  # the command line reads the newest only
+            texts,
+            _DEFAULTS,
+            format=format,
             trust_remote_code=trust_remote_code,
-            trust_model_file=made.per_layer,
-            sequence_length=sequence_length,
-            chat_template=chat_template,
-            seed=seed,
-            progress=of_stage(progress, "verifying"),
         )
-        forget_compiled(partial)
-        _check_loss(found, max_kl, folder)
-        write_report(partial, parent, made, again, found, notes.all)
-    return CompressionResult(made, folder, found, tuple(notes.all))
+        found = making.model(made, test, work, again, max_kl)
+        return CompressionResult(made, work.output, found, clock.timing(), notes.said)
 
 
 _DEFAULTS = {
@@ -289,52 +280,17 @@ _DEFAULTS = {
 }
 
 
-def _check_loss(found: Verification, max_kl: float | None, folder: Path) -> None:
-    try:
-        found.check(max_kl)
-    except LossTooLargeError as error:
-        raise LossTooLargeError(
-            f"{error}; nothing was written to {folder}: remove less, calibrate on text like "
-            "yours, or leave --max-kl out to keep such a model",
-            found,
-        ) from None
-
-
-def _live(router: ExpertRouter, parent: Parent, plan: Plan, trust_remote_code: bool) -> Live | None:
-    """The plan applied in memory; None where the model brings code that only a folder can run."""
-    if parent.config.get("model_file"):
-        return None
-
-    def logits(tokens: Sequence[int]) -> mx.array:
-        smaller = in_memory(router, plan, trust_remote_code=trust_remote_code)
-        return smaller.forward([tokens])
-
-    return logits
-
-
-class _Notes:
-    """Sentences for the user, said at once and kept."""
-
-    def __init__(self, say: Say | None) -> None:
-        self.all: list[str] = []
-        self._say = say
-
-    def add(self, note: str) -> None:
-        if note in self.all:
-            return
-        self.all.append(note)
-        if self._say is not None:
-            self._say(note)
-
-    def extend(self, notes: list[str]) -> None:
-        for note in notes:
-            self.add(note)
-
-
-def _check_result(output: str | Path | None, max_kl: float | None, dry_run: bool) -> None:
+def _check_result(
+    output: str | Path | None, max_kl: float | None, dry_run: bool, resume: bool
+) -> None:
     check_max_kl(max_kl)
     if max_kl is not None and dry_run:
         raise UsageError("a dry run measures no loss: leave out either --max-kl or --dry-run")
+    if resume and dry_run:
+        raise UsageError(
+            "a dry run keeps nothing to go on with: leave out either --resume or --dry-run "
+            "(--statistics FILE keeps what is calibrated)"
+        )
     if output is None and not dry_run:
         raise UsageError("give an output folder (--output DIR), or --dry-run to see the plan only")
 
@@ -343,15 +299,10 @@ def _texts(
     name: str | Path,
     calibration: Corpus | str | Path | None,
     evaluation: Corpus | str | Path | None,
-    notes: _Notes,
+    notes: Notes,
 ) -> tuple[Corpus, Corpus]:
     given = {"calibration": calibration, "evaluation": evaluation}
     learn, test = (read_text(purpose, text) for purpose, text in given.items())
     note = bundled_note(name, [purpose for purpose, text in given.items() if text is None])
     notes.extend([] if note is None else [note])
     return learn, test
-
-
-def _with_settings(plan: Plan, sample_size: int | None, chat_template: bool) -> Plan:
-    settings = {**plan.settings, "sample_size": sample_size, "chat_template": chat_template}
-    return replace(plan, settings=settings)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lens.corpus import Corpus
+from moe_lens.families import STOCK
+from moe_lens.telling import Progress, Say, Stage, StageProgress, begin
 
 from .applied_plan import applicable
 from .calibration.calibration import identify, identify_corpus
-from .calibration.channel_calibration import calibrate_channels
 from .calibration.layer_sample import sample_layers
 from .calibration.notes import calibration_notes
-from .calibration.statistics_reuse import calibrate_once
+from .calibration.statistics_reuse import calibrate_channels_once, calibrate_once
 from .calibration.texts import draw_prompts
 from .calibration.validation_split import split
 from .checkpoint.expert_width import down_quantisations, width_for, widths_of
@@ -32,13 +33,21 @@ from .pruning.channels import FEWEST_TOKENS, plan_channels
 from .pruning.pruning import plan_prune
 from .repair.router_repair import repair_router
 from .repair.router_training import check_trainable
+from .resuming.work_folder import WorkFolder
+from .stages import (
+    CALIBRATING,
+    CALIBRATING_CHANNELS,
+    MEASURING_LAYERS,
+    PLANNING,
+    REPAIRING,
+    SAMPLING,
+)
 from .statistics.blending import Blend
 from .statistics.statistics import Calibration
-from .telling import Progress, Say, StageProgress, of_stage
 from .tensors.parent import open_parent
 from .tensors.regroup import describe
 from .tensors.size_table import SizeTable
-from .tensors.unpacked import unpacked
+from .tensors.unpacked import fastest
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
@@ -52,6 +61,7 @@ class Reading:
     chat_template: bool
     seed: int
     trust_remote_code: bool = False
+    cpu_experts: str = STOCK
 
 
 class PlanStage:
@@ -62,6 +72,8 @@ class PlanStage:
         asked: What was asked for, checked.
         text: The calibration text; a third of it compares where something is chosen.
         reading: How it is read.
+        work: Where what is measured is kept, and found again; None: nowhere.
+        format: Of the weights that will be written, which decides how large they are.
         progress: Called with the stage, and how much of how much is done.
         say: Called with each note.
     """
@@ -72,11 +84,14 @@ class PlanStage:
         asked: Asked,
         text: Corpus,
         reading: Reading,
+        work: WorkFolder | None = None,
         *,
+        format: str = "mlx",
         progress: StageProgress | None,
         say: Say,
     ) -> None:
-        self.router, self.asked, self.reading = router, asked, reading
+        self.router, self.asked, self.reading, self.work = router, asked, reading, work
+        self.format = format
         self.progress, self.say = progress, say
         self.learn, self.held = text, text
         if asked.validates:
@@ -117,14 +132,14 @@ class PlanStage:
             assert self.router.path is not None
             trust = self.reading.trust_remote_code
             parent = open_parent(self.router.path, trust_remote_code=trust)
-            self._table = SizeTable.of(parent)
+            self._table = SizeTable.of(parent, named_apart=self.format == "hf")
         return self._table
 
     @property
     def fastest(self) -> ExpertRouter:
-        """The parent as it runs fastest: `unpacked` on a CPU."""
+        """The parent as it runs fastest."""
         if self._fastest is None:
-            self._fastest = unpacked(self.router)
+            self._fastest = fastest(self.router, self.reading.cpu_experts)
         return self._fastest
 
     def bench(self, parent: ExpertRouter | None = None) -> TrialBench:
@@ -132,7 +147,7 @@ class PlanStage:
         if self._bench is None:
             tokens = self._tokens(self.held)
             self._bench = TrialBench(
-                parent or self.fastest, tokens, self.table, seed=self.reading.seed
+                parent or self.fastest, tokens, self.table, self.work, seed=self.reading.seed
             )
         return self._bench
 
@@ -149,8 +164,10 @@ class PlanStage:
             sequence_length=reading.sequence_length,
             chat_template=reading.chat_template,
             statistics_file=_path(asked.statistics_file),
+            work=self.work,
             stop_at=asked.stop_at,
             seed=reading.seed,
+            cpu_experts=reading.cpu_experts,
             progress=self.progress,
             say=self.say,
         )
@@ -207,13 +224,14 @@ class PlanStage:
             assert plan is not None
             return plan
         reading = self.reading
-        channels = calibrate_channels(
+        channels = calibrate_channels_once(
             self.fastest,
             self.learn,
+            self.work,
             sequence_length=reading.sequence_length,
             chat_template=reading.chat_template,
             seed=reading.seed,
-            progress=self._stage("calibrating channels"),
+            progress=self._begin(CALIBRATING_CHANNELS),
         )
         plan = plan_channels(channels, width, plan, experts_per_token=asked.experts_per_token)
         again = describe(down_quantisations(self.router.layers), width)
@@ -232,10 +250,12 @@ class PlanStage:
                 self.fastest,
                 self._tokens(self.learn),
                 reading.seed,
-                self._stage("sampling layers"),
+                self._begin(SAMPLING),
             )
 
-        def plan_at(ratio: float | None, experts: int | None) -> Plan:
+        def plan_at(
+            ratio: float | None, experts: int | None, progress: Progress | None = None
+        ) -> Plan:
             return plan_prune(
                 statistics,
                 ratio,
@@ -247,9 +267,10 @@ class PlanStage:
                 seed=reading.seed,
                 router=self.fastest,
                 samples=samples,
+                progress=progress,
             )
 
-        plan = plan_at(asked.ratio, count)
+        plan = plan_at(asked.ratio, count, self._begin(PLANNING))
         if asked.per_layer:
             plan = self._per_layer(statistics, plan, lambda experts: plan_at(None, experts))
         for note in calibration_notes(statistics, plan):
@@ -269,10 +290,11 @@ class PlanStage:
                 bench.router,
                 draw_prompts(self._tokens(self.learn), TOKENS, self.reading.seed),
                 self.table,
+                self.work,
                 seed=self.reading.seed,
             ),
             bench,
-            self._stage("measuring layers"),
+            self._begin(MEASURING_LAYERS),
         )
         self.say(found.text)
         return found.plan
@@ -283,12 +305,13 @@ class PlanStage:
             self.fastest,
             self.learn,
             _path(self.asked.statistics_file),
+            self.work,
             sequence_length=reading.sequence_length,
             similarity=similarity,
             chat_template=reading.chat_template,
             stop_at=self.asked.stop_at,
             seed=reading.seed,
-            progress=self._stage("calibrating"),
+            progress=self._begin(CALIBRATING),
             say=self.say,
         )
 
@@ -319,13 +342,13 @@ class PlanStage:
             self._tokens(self.learn),
             steps=steps,
             seed=self.reading.seed,
-            progress=self._stage("repairing the router"),
+            progress=self._begin(REPAIRING),
         )
         self.say(str(found.evidence["router_repair"]["text"]))
         return found
 
-    def _stage(self, stage: str) -> Progress | None:
-        return of_stage(self.progress, stage)
+    def _begin(self, stage: Stage) -> Progress | None:
+        return begin(self.progress, stage)
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -4,15 +4,29 @@ A new architecture is one more `Block` in the file of the family that routes ali
 needs code of its own gets a file named after its model type.
 """
 
+from .cpu_experts import (
+    AUTO,
+    LIST_NOTE,
+    SEGMENTED,
+    STOCK,
+    decide,
+    segment,
+    segmented,
+    unsegment,
+)
 from .declaration import OVERRIDES, VALUES, Block
 from .layer import REFERENCE, MoELayer, down_name
 from .registry import FAMILIES, Support, all_supported, find_moe_layers, support
 from .seams import Attachment, SeamError
 
 __all__ = [
+    "AUTO",
     "FAMILIES",
+    "LIST_NOTE",
     "OVERRIDES",
     "REFERENCE",
+    "SEGMENTED",
+    "STOCK",
     "VALUES",
     "Attachment",
     "Block",
@@ -20,7 +34,11 @@ __all__ = [
     "SeamError",
     "Support",
     "all_supported",
+    "decide",
     "down_name",
     "find_moe_layers",
+    "segment",
+    "segmented",
     "support",
+    "unsegment",
 ]

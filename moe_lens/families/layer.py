@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ class MoELayer:
         block: The module that holds router and experts.
         parent: The module that holds the block.
         family: What its family declares about it.
+        after_reading: Called when somebody has read the layer's weights; see `reading`.
     """
 
     index: int
@@ -35,6 +37,19 @@ class MoELayer:
     block: nn.Module
     parent: nn.Module
     family: Block
+    after_reading: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Whoever looks at the layer's weights outside of a forward does it inside the block.
+
+        A model that is streamed lets go of them at its end.
+        """
+        try:
+            yield
+        finally:
+            for release in self.after_reading:
+                release()
 
     def module(self, path: str) -> Any:
         """The module at `path` below the block; ``../name`` stands beside the block."""

@@ -2,6 +2,6 @@
 
 from .capture import Capture, LayerCapture
 from .forward import Forward, Sink
-from .instrument import Instrument
+from .instrument import Instrument, NextForward
 
-__all__ = ["Capture", "Forward", "Instrument", "LayerCapture", "Sink"]
+__all__ = ["Capture", "Forward", "Instrument", "LayerCapture", "NextForward", "Sink"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -21,11 +21,20 @@ class Sink(Protocol):
 
     `record` is called once after each forward. Its arrays are lazy: a sink evaluates what it
     keeps (or reduces it) before it returns, so that memory stays bounded.
+
+    A sink whose layers do not depend on each other may say so with an attribute ``by_layer =
+    True``. Where a model runs layer by layer because it does not fit into memory, its `record` is
+    then called after each layer of each forward, with a `Forward` of that layer alone.
     """
 
     values: frozenset[str]
 
     def record(self, forward: Forward) -> None: ...
+
+
+def takes_layers(sink: Sink) -> bool:
+    """Whether `sink` takes the layers of a forward one at a time."""
+    return bool(getattr(sink, "by_layer", False))
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class Forward:
         continues: Whether this forward goes on with the sequences of the one before it (the
             same cache), as in generation.
         layers: Indices of the observed MoE layers.
+        about: What whoever drives the model said of this forward.
     """
 
     token_ids: mx.array
@@ -46,6 +56,7 @@ class Forward:
     layers: tuple[int, ...]
     _modules: Mapping[int, MoELayer]
     _values: Mapping[int, Mapping[str, mx.array]]
+    about: Any = None
 
     @property
     def shape(self) -> tuple[int, int]:

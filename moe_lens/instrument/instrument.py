@@ -7,18 +7,20 @@ Between `attach` and `detach` the classes of a few modules are swapped (see
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
 from moe_lens.errors import CaptureError, UnsupportedModelError, UsageError
 from moe_lens.families import REFERENCE, Attachment, MoELayer, find_moe_layers
 from moe_lens.kernels import Kernel
 from moe_lens.override import Override
 
-from .forward import Forward, Sink
+from .forward import Forward, Sink, takes_layers
 from .padding import valid_tokens
 
 _VERIFY = frozenset({"router_logits", "expert_ids", "expert_weights", "expert_inputs"})
@@ -40,8 +42,8 @@ class Instrument:
         self.model = model
         self.layers: list[MoELayer] = find_moe_layers(model)
         self.sinks: tuple[Sink, ...] = ()
-        self.lengths: np.ndarray | None = None
-        """[B] the real lengths of the rows of the next forwards, when pads stand on the right."""
+        self.next = NextForward()
+        """What is known of the next forwards."""
         self._attachments = {layer.index: Attachment(layer, kernel) for layer in self.layers}
         if len(self._attachments) != len(self.layers):
             raise UnsupportedModelError(
@@ -51,7 +53,9 @@ class Instrument:
         self._base: type | None = None
         self._verified = False
         self._cache: Any = None
-        self._wanted: dict[int, frozenset[str]] = {}
+        self._sinks_want: dict[int, frozenset[str]] = {}
+        self._running: _Run | None = None
+        self._inside: dict[str, list[Attachment]] = {}
 
     # Attaching ---------------------------------------------------------------------------
 
@@ -164,51 +168,145 @@ class Instrument:
     def set_sinks(self, sinks: Iterable[Sink]) -> None:
         """Hand every forward from now on to `sinks`."""
         self.sinks = tuple(sinks)
-        names: frozenset[str] = frozenset().union(*(sink.values for sink in self.sinks))
-        self._wanted = {
-            index: frozenset(name for name in names if attachment.layer.reason(name) is None)
-            for index, attachment in self._attachments.items()
-        }
+        self._sinks_want = self._wanted(self.sinks)
         for index, attachment in self._attachments.items():
-            attachment.channels.watched = "expert_channels" in self._wanted[index]
+            attachment.channels.watched = "expert_channels" in self._sinks_want[index]
             if self.attached:
                 attachment.channels.set_up()
 
+    def _wanted(self, sinks: Iterable[Sink]) -> dict[int, frozenset[str]]:
+        """What each layer is to show: what the sinks ask for and it has."""
+        names: frozenset[str] = frozenset().union(*(sink.values for sink in sinks))
+        return {
+            index: frozenset(name for name in names if attachment.layer.reason(name) is None)
+            for index, attachment in self._attachments.items()
+        }
+
     def _run(self, base: type, *args: Any, **kwargs: Any) -> Any:
-        if not self.sinks:
-            try:
-                return base.__call__(self.model, *args, **kwargs)  # type: ignore[operator]
-            finally:
-                for attachment in self._attachments.values():
-                    attachment.begin()
-        for index, attachment in self._attachments.items():
-            attachment.begin()
-            attachment.wanted = self._wanted[index]
-        try:
+        sinks, wanted = self.sinks, self._sinks_want
+        if self.next.sinks is not None:
+            sinks = self.next.sinks
+            wanted = self._wanted(sinks)
+        run = _Run(sinks, wanted, self.next.about)
+        if sinks:
+            self._begin(run)
             tokens, cache = _token_ids(args, kwargs), _cache(args, kwargs)
-            continues = cache is not None and cache is self._cache
+            run.continues = cache is not None and cache is self._cache
             batch, length = tokens.shape
-            valid = valid_tokens((batch, length), self.lengths, cache, continues=continues)
+            lengths, continues = self.next.lengths, run.continues
+            valid = valid_tokens((batch, length), lengths, cache, continues=continues)
+            run.tokens, run.valid = tokens, valid.reshape(-1)
+        self._running = run
+        try:
             output = base.__call__(self.model, *args, **kwargs)  # type: ignore[operator]
-            self._cache = cache
-            self._deliver(tokens, valid.reshape(-1), continues)
+            if sinks:
+                self._cache = cache
+                self._finish(run)
             return output
         finally:
-            for attachment in self._attachments.values():
-                attachment.begin()
-                attachment.wanted = frozenset()
+            self._begin(None)
+            self._running = None
 
-    def _deliver(self, tokens: mx.array, valid: np.ndarray, continues: bool) -> None:
-        forward = Forward(
-            token_ids=tokens,
-            valid=valid,
-            continues=continues,
-            layers=tuple(self._attachments),
-            _modules={index: each.layer for index, each in self._attachments.items()},
-            _values={index: each.values for index, each in self._attachments.items()},
+    def _begin(self, run: _Run | None, path: str | None = None) -> None:
+        """Forget what the seams have shown, and show what `run` wants: all, or inside `path`."""
+        for attachment in self._attachments_inside(path):
+            attachment.begin()
+            attachment.wanted = (
+                frozenset() if run is None else run.wanted.get(attachment.layer.index, frozenset())
+            )
+
+    def _attachments_inside(self, path: str | None) -> list[Attachment]:
+        if path is None:
+            return list(self._attachments.values())
+        if path not in self._inside:
+            self._inside[path] = [
+                each
+                for each in self._attachments.values()
+                if each.layer.path == path or each.layer.path.startswith(f"{path}.")
+            ]
+        return self._inside[path]
+
+    def _finish(self, run: _Run) -> None:
+        """Hand over a forward that is over."""
+        values = {
+            index: run.values.get(index, attachment.values)
+            for index, attachment in self._attachments.items()
+        }
+        for sink in run.sinks:
+            if not (run.values and takes_layers(sink)):
+                sink.record(self._forward(run, values))
+
+    def _forward(self, run: _Run, values: Mapping[int, Mapping[str, mx.array]]) -> Forward:
+        assert run.tokens is not None and run.valid is not None
+        return Forward(
+            token_ids=run.tokens,
+            valid=run.valid,
+            continues=run.continues,
+            layers=tuple(values),
+            about=run.about,
+            _modules={index: self._attachments[index].layer for index in values},
+            _values=values,
         )
-        for sink in self.sinks:
-            sink.record(forward)
+
+    # Layer by layer ----------------------------------------------------------------------
+
+    def pause(self) -> _Run | None:
+        """The forward that runs now waits at a layer, and others may run; see `LayerStream`."""
+        return self._running
+
+    def resume(self, paused: _Run | None, layer_path: str) -> None:
+        """The forward goes on with the decoder layer at this path."""
+        self._running = paused
+        if paused is not None:
+            self._begin(paused, layer_path)
+
+    def finish_layer(self, layer_path: str) -> None:
+        """The layer has run: evaluate what it has shown, and hand it to who takes single layers.
+
+        What stays for the end of the forward no longer depends on the weights of the layer.
+        """
+        inside = self._attachments_inside(layer_path)
+        mx.eval([list(each.values.values()) for each in inside])
+        run = self._running
+        if run is None:  # the rules are being verified, which reads the values itself
+            return
+        values = {each.layer.index: each.values for each in inside}
+        if values and run.sinks:
+            for sink in run.sinks:
+                if takes_layers(sink):
+                    sink.record(self._forward(run, values))
+            rest = self._wanted(sink for sink in run.sinks if not takes_layers(sink))
+            for index, shown in values.items():
+                run.values[index] = {
+                    name: value for name, value in shown.items() if name in rest[index]
+                }
+        self._begin(None, layer_path)
+
+
+@dataclass
+class NextForward:
+    """What whoever drives the model says of the next forwards."""
+
+    lengths: NDArray[Any] | None = None
+    """[B] the real lengths of their rows, when pads stand on the right."""
+    about: Any = None
+    """Handed on to the sinks."""
+    sinks: tuple[Sink, ...] | None = None
+    """Who sees them; None: all sinks."""
+
+
+@dataclass
+class _Run:
+    """A forward that is under way."""
+
+    sinks: tuple[Sink, ...]
+    wanted: dict[int, frozenset[str]]
+    about: Any
+    tokens: mx.array | None = None
+    valid: NDArray[np.bool_] | None = None
+    continues: bool = False
+    values: dict[int, dict[str, mx.array]] = field(default_factory=dict)
+    """What layers have shown that ran, and were finished, one by one."""
 
 
 def _token_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> mx.array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from moe_lens.corpus import Corpus, read_corpus
 from moe_lens.corpus.batches import pad, plan_batches
 from moe_lens.errors import CaptureError, UsageError
+from moe_lens.streaming import Batch
+from moe_lens.telling import Progress
 from moe_lens.trace import TokenTexts
 
 from .recorders import ProfileRecorder, RouteRecorder
@@ -21,10 +23,7 @@ from .recorders import ProfileRecorder, RouteRecorder
 if TYPE_CHECKING:
     from moe_lens.routed_model import RoutedModel
 
-__all__ = ["Job", "Progress", "Report"]
-
-# Called with the number of tokens done and the number there are.
-Progress = Callable[[int, int], None]
+__all__ = ["Job", "Report"]
 
 
 @dataclass(frozen=True)
@@ -108,12 +107,10 @@ class Job:
         Raises:
             CaptureError: The recorder saw fewer or more tokens than ran.
         """
-        lengths = self.lengths
-        for batch in plan_batches(prompts, lengths, self.batch_size):
-            recorder.announce(batch, [self.corpus.prompts[index].label for index in batch])
+        for wave in router.waves(self._batches(prompts)):
             before = recorder.num_tokens
-            router.forward(*pad([self.tokens[index] for index in batch]))
-            ran = sum(lengths[index] for index in batch)
+            router.forwards(wave)
+            ran = sum(sum(batch.lengths or ()) for batch in wave)
             if recorder.num_tokens - before != ran:
                 raise CaptureError(
                     f"the model ran {ran} tokens but {recorder.num_tokens - before} were recorded; "
@@ -121,6 +118,12 @@ class Job:
                 )
             report.add(ran)
             mx.clear_cache()
+
+    def _batches(self, prompts: Sequence[int]) -> Iterator[Batch]:
+        for batch in plan_batches(prompts, self.lengths, self.batch_size):
+            labels = [self.corpus.prompts[index].label for index in batch]
+            ids, lengths = pad([self.tokens[index] for index in batch])
+            yield Batch(ids, lengths, about=(batch, labels))
 
 
 class Report:

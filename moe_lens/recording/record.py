@@ -21,17 +21,18 @@ from moe_lens.corpus import Corpus, Prompt
 from moe_lens.corpus.batches import plan_shards
 from moe_lens.errors import UsageError
 from moe_lens.profile import Profile
+from moe_lens.telling import Progress
 from moe_lens.trace import Routes, Trace
 
 from .header import model_identity, trace_header
-from .job import Job, Progress, Report
+from .job import Job, Report
 from .recorders import ProfileRecorder, RouteRecorder
 from .writer import TraceWriter
 
 if TYPE_CHECKING:
     from moe_lens.routed_model import RoutedModel
 
-__all__ = ["Progress", "record_profile", "record_prompt", "record_trace"]
+__all__ = ["record_profile", "record_prompt", "record_trace"]
 
 # Default size of a shard. Also what an interruption costs at most, and what a reader holds.
 SHARD_BYTES = 64 * 2**20

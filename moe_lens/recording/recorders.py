@@ -1,7 +1,8 @@
 """Sinks that keep routing: every token's route, or the sums of a profile.
 
 A recorder is handed to ``router.recording``. Whoever drives the model says with ``announce`` which
-prompts the next forward holds; without it the recorder numbers sequences itself and follows a
+prompts the next forward holds, or with every forward what it is about: the numbers and labels of
+its prompts. Without that the recorder numbers sequences itself and follows a
 generation from one forward to the next, so both also work around ``router.generate``.
 """
 
@@ -61,6 +62,8 @@ class RouteRecorder:
 
     def record(self, forward: Forward) -> None:
         """Keep one forward (called by the instrument)."""
+        if forward.about is not None:
+            self.announce(*forward.about)
         routes = _routes_of(
             forward,
             self._places,
@@ -121,6 +124,8 @@ class ProfileRecorder:
 
     def record(self, forward: Forward) -> None:
         """Add one forward (called by the instrument)."""
+        if forward.about is not None:
+            self.announce(*forward.about)
         routes = _routes_of(forward, self._places, self._width, np.float32)
         self._waiting.append(routes)
         self.num_tokens += len(routes)

@@ -23,7 +23,6 @@ that are asked for are copied.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -36,14 +35,20 @@ from safetensors import SafetensorError, safe_open
 
 from moe_lens.errors import MoeLensError, UsageError
 
+from .json_files import (
+    AGAIN,
+    FORMAT,
+    VERSION,
+    damaged,
+    read_header,
+    read_json,
+    read_texts,
+    wrong_prompts,
+)
 from .routes import NO_EXPERT, Routes
 from .tokens import TokenTexts
 
-__all__ = ["FORMAT", "VERSION", "ShardEntry", "Trace", "is_trace"]
-
-FORMAT = "moe-lens trace"
-VERSION = 1
-_AGAIN = "record the trace again, or copy it again from where it came"
+__all__ = ["FORMAT", "VERSION", "ShardEntry", "Trace", "is_trace", "read_header"]
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,10 @@ class Trace:
                 f"the trace {folder} is not complete; run the same trace command again, it goes "
                 "on where it stopped"
             )
-        texts = TokenTexts.from_json(_read_text(folder / "tokens.json"))
-        trace = cls(folder, header, _read_json(folder / "prompts.json"), texts)
+        prompts = read_json(folder / "prompts.json")
+        if wrong := wrong_prompts(prompts, header):
+            raise damaged(folder / "prompts.json", wrong)
+        trace = cls(folder, header, prompts, read_texts(folder / "tokens.json"))
         for entry in trace.entries:
             _check_size(folder / entry.file, entry)
         return trace
@@ -207,7 +214,7 @@ class Trace:
             if digest != entry.sha256:
                 raise MoeLensError(
                     f"{self.path / entry.file} is damaged: its checksum is not the one in "
-                    f"trace.json; {_AGAIN}"
+                    f"trace.json; {AGAIN}"
                 )
 
     def _read(self, entry: ShardEntry, start: int, stop: int) -> Routes:
@@ -225,10 +232,11 @@ class Trace:
                     for name, part in parts.items()
                 }
         except (SafetensorError, OSError) as error:
-            raise MoeLensError(f"{path} is damaged ({error}); {_AGAIN}") from error
+            raise MoeLensError(f"{path} is damaged ({error}); {AGAIN}") from error
+        _check_places(path, entry, arrays)
         ids = arrays["expert_ids"]
         if ((ids >= self.router_width) & (ids != NO_EXPERT)).any():
-            raise MoeLensError(f"{path} is damaged: it names experts that are not; {_AGAIN}")
+            raise MoeLensError(f"{path} is damaged: it names experts that are not; {AGAIN}")
         return Routes(
             layers=self.layers, router_width=self.router_width, texts=self.texts, **arrays
         )
@@ -242,59 +250,28 @@ class Trace:
             if part.get_shape() != expected:
                 raise MoeLensError(
                     f"{path} is damaged: {name} has shape {part.get_shape()} where trace.json says "
-                    f"{expected}; {_AGAIN}"
+                    f"{expected}; {AGAIN}"
                 )
 
 
-def read_header(folder: Path) -> dict[str, Any]:
-    """``trace.json`` of a folder, after checking that it is one this version can read.
-
-    Raises:
-        UsageError: There is no trace in the folder.
-        MoeLensError: It is damaged or of another version.
-    """
-    path = folder / "trace.json"
-    if not path.is_file():
-        raise UsageError(
-            f"there is no trace in {folder}; record one with moe-lens trace MODEL --data FILE "
-            f"--output {folder}"
-        )
-    header = _read_json(path)
-    if header.get("format") != FORMAT:
-        raise MoeLensError(f"{path} does not describe a moe-lens trace; give a trace folder")
-    if header.get("version") != VERSION:
-        raise MoeLensError(
-            f"the trace {folder} has format version {header.get('version')}, this moe-lens reads "
-            f"version {VERSION}; use the moe-lens that wrote it, or record it again"
-        )
-    return header
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(path))
-    except ValueError as error:
-        raise MoeLensError(f"{path} is damaged ({error}); {_AGAIN}") from error
-    if not isinstance(content, dict):
-        raise MoeLensError(f"{path} is damaged (it holds no JSON object); {_AGAIN}")
-    return content
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise MoeLensError(f"{path} is missing from the trace; {_AGAIN}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise MoeLensError(f"{path} cannot be read ({error}); {_AGAIN}") from error
+def _check_places(path: Path, entry: ShardEntry, arrays: dict[str, Any]) -> None:
+    kinds = {"token_ids": "i", "prompt": "i", "position": "i", "expert_ids": "u"}
+    wrong = [name for name, part in arrays.items() if part.dtype.kind != kinds.get(name, "f")]
+    if wrong:
+        raise damaged(path, f"{wrong[0]} is {arrays[wrong[0]].dtype}")
+    prompts = arrays["prompt"]
+    if ((prompts < entry.first_prompt) | (prompts >= entry.stop_prompt)).any():
+        raise damaged(path, "it names prompts of other shards")
+    if (arrays["token_ids"] < 0).any() or (arrays["position"] < 0).any():
+        raise damaged(path, "it has tokens that are none")
 
 
 def _check_size(path: Path, entry: ShardEntry) -> None:
     if not path.is_file():
-        raise MoeLensError(f"{path} is missing from the trace; {_AGAIN}")
+        raise MoeLensError(f"{path} is missing from the trace; {AGAIN}")
     size = path.stat().st_size
     if size != entry.bytes:
         raise MoeLensError(
             f"{path} is {'cut short' if size < entry.bytes else 'damaged'}: {size} bytes where "
-            f"trace.json says {entry.bytes}; {_AGAIN}"
+            f"trace.json says {entry.bytes}; {AGAIN}"
         )

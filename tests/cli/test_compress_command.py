@@ -78,6 +78,12 @@ def test_a_large_loss_is_a_warning(
     run: Any, words: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("moe_lens.compress.verification.verification.MAX_KL", 0.0)
-    found = run(*words, "--ratio", "0.5", "--method", "reap", "--output", tmp_path / "small")
+    choice = ["--ratio", "0.5", "--method", "reap", "--output", tmp_path / "small"]
+    found = run(*words, *choice)
     assert found.code == 0
     assert "warning: the loss is large: KL divergence" in found.err
+    as_json = run(*words, *choice, "--force", "--json")
+    told = [json.loads(line) for line in as_json.err.splitlines()]
+    warnings = [each["message"] for each in told if each["event"] == "warning"]
+    assert warnings == as_json.json["warnings"]
+    assert warnings[0].startswith("the loss is large: KL divergence")

@@ -43,7 +43,7 @@ def test_the_measured_budget(run: Any, words: list[object]) -> None:
     assert budget["equal"] == 6
     kept = [len(layer["groups"]) for layer in found.json["plan"]["layers"]]
     assert sum(kept) <= 6 * len(kept)
-    assert "note: measuring layers\n" in found.err
+    assert '"stage": "measuring layers", "of": null, "unit": "measurements"' in found.err
 
 
 def test_what_it_does_not_go_with(run: Any, words: list[object]) -> None:

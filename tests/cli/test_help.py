@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import resource
 import subprocess
 import sys
@@ -55,6 +57,39 @@ def test_version(run: Any) -> None:
 def test_compress_states_the_scale(run: Any) -> None:
     help_text = run("compress", "--help").out
     assert all(f"\n  {point}  " in help_text for point in ("0  ", "0.5", "1  "))
+
+
+def test_compress_shows_its_options_by_what_they_are_about(run: Any) -> None:
+    sections: dict[str, list[str]] = {}
+    for line in run("compress", "--help").out.splitlines():
+        if re.fullmatch(r"[A-Z][a-z ]+:", line):
+            names = sections.setdefault(line[:-1], [])
+        elif option := re.match(r"  (?:-\w, )?(--[a-z-]+)", line):
+            names.append(option[1])
+    assert list(sections) == [
+        "Arguments",
+        "How small",
+        "Which experts",
+        "How experts are merged",
+        "The text",
+        "The result",
+        "Options",
+    ]
+    for section, option in (
+        ("How small", "--ratio"),
+        ("Which experts", "--method"),
+        ("How experts are merged", "--merge"),
+        ("The text", "--data"),
+        ("The result", "--output"),
+        ("Options", "--json"),
+    ):
+        assert option in sections[section]
+    shown = [option for names in sections.values() for option in names]
+    from moe_lens.cli.compress import compress
+
+    parameters = set(inspect.signature(compress).parameters) - {"model"}
+    assert len(shown) == len(set(shown)) == len(parameters) + 1  # --help
+    assert max(map(len, sections.values())) <= 12
 
 
 @pytest.mark.parametrize("words", [["--help"], ["compress", "--help"], ["--version"], ["nonsense"]])

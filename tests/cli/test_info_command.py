@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 
@@ -32,6 +33,7 @@ def test_a_note_is_shown_beside_the_facts(run: Any, tmp_path: Any) -> None:
     half = save_checkpoint("qwen3_moe", tmp_path / "half", dtype=mx.bfloat16)
     found = run("info", half, "--json")
     notes = found.json["notes"]  # JSON alone on stdout, whatever is said
-    assert found.err == "".join(f"note: {note}\n" for note in notes)
+    said = [json.loads(line) for line in found.err.splitlines()]
+    assert [each["message"] for each in said if each["event"] == "note"] == notes
     if mx.default_device() == mx.cpu:
         assert "float32" in notes[0]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import moe_lens
-from moe_lens.cli import screen
+from moe_lens.cli import main, screen
 from moe_lens.errors import MoeLensError
 
 
@@ -84,8 +84,8 @@ def test_ctrl_c(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.err == "moe-lens: interrupted\n"
 
 
-def test_sigterm_clears_up_like_ctrl_c(tmp_path: Path) -> None:
-    """The folder of a compression that is ended while it verifies is gone."""
+def test_sigterm_leaves_what_can_be_gone_on_with_like_ctrl_c(tmp_path: Path) -> None:
+    """A compression that is ended while it verifies has no output, and says how to go on."""
     words = [
         "compress",
         "demo",
@@ -97,15 +97,20 @@ def test_sigterm_clears_up_like_ctrl_c(tmp_path: Path) -> None:
         str(tmp_path / "small"),
     ]
     program = f"import sys; from moe_lens.cli import main; sys.exit(main({words!r}))"
-    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as process:
+    with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE) as process:
         deadline = time.monotonic() + 300
-        while not list(tmp_path.glob(".small.partial-*/model*.safetensors")):
+        while not list(tmp_path.glob(".small.work/model/config.json")):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.terminate()
+        assert process.stderr is not None
+        said = " ".join(process.stderr.read().decode().split())
     assert process.returncode == 143
-    assert list(tmp_path.iterdir()) == []
+    assert "is kept beside it: --resume goes on from there" in said
+    assert [path.name for path in tmp_path.iterdir()] == [".small.work"]
+    assert main([*words, "--resume", "--json"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
 def test_a_model_cannot_steer_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

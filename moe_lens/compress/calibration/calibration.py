@@ -22,13 +22,16 @@ from moe_lens.compress.plan.identity import (
 )
 from moe_lens.compress.statistics.convergence import rank_stability
 from moe_lens.compress.statistics.statistics import UNLABELLED, Calibration, Collected
-from moe_lens.compress.telling import Progress
 from moe_lens.corpus import Corpus
 from moe_lens.corpus.batches import pad, plan_batches, plan_shards
 from moe_lens.errors import CaptureError, UnsupportedModelError, UsageError
+from moe_lens.streaming import Batch
+from moe_lens.telling import Progress
 
-from .checks import check_finite, check_untouched, check_values
+from .checks import check_finite, check_values
 from .sink import CalibrationSink, Tokens
+from .under_way import UnderWay
+from .watched_run import run_watched
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
@@ -41,7 +44,7 @@ compared on some 500 tokens, with 128 of 8 on some 250."""
 STOP_TOKENS = 8192
 """Tokens after which one asks whether the ranking of the experts is stable."""
 
-_BATCH_BYTES = 512 << 20
+_BATCH_BYTES, _BATCH_TOKENS = 512 << 20, 4096
 
 
 def calibrate(
@@ -57,6 +60,7 @@ def calibrate(
     stop_at: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
+    under_way: Path | None = None,
 ) -> Calibration:
     """Run the calibration text through the model, once, and collect what planning needs.
 
@@ -64,7 +68,7 @@ def calibrate(
     its prompts (`convergence`), at no further cost. The model computes what it computes without
     us, bit for bit; that is checked on the first tokens.
     Memory: the statistics ([E, E] a layer, and a few [E] for each label), one batch with the
-    experts' outputs of all layers (at most one prompt, or 512 MiB of them), and the outputs of all
+    experts' outputs of a layer (at most one prompt, or 512 MiB of them), and the outputs of all
     experts for a chunk of sampled tokens.
 
     Args:
@@ -81,6 +85,8 @@ def calibrate(
             rank the experts of every layer this much alike (`convergence.rank_stability` of
             REAP, at most 1); asked every `STOP_TOKENS` tokens. None: read all of the text.
         progress: Called with tokens done and tokens in all.
+        under_way: A file in which the sums are kept from time to time until all text is read. If
+            it is there, and of this very pass, it is gone on with; who calls removes it.
 
     Raises:
         CaptureError: The text has no tokens, or watching the model changes what it computes.
@@ -98,7 +104,6 @@ def calibrate(
     sink = CalibrationSink(router.layers, similarity=similarity, mean_outputs=mean_outputs)
     model = identify(router)
     check_values(router.layers, sink.values)
-    check_untouched(router, sink.values, tokens)
     labels = [prompt.label or UNLABELLED for prompt in drawn.prompts]
     read = collect(
         router,
@@ -109,8 +114,9 @@ def calibrate(
         progress,
         labels=labels,
         stop_at=stop_at,
+        under_way=under_way,
     )
-    check_finite(sink.statistics)
+    check_finite(sink.statistics, router.path)
     return Calibration(
         model,
         identify_corpus(drawn, [tokens[prompt] for prompt in read], sequence_length, seed),
@@ -121,6 +127,7 @@ def calibrate(
             mean_outputs=mean_outputs,
             chat_template=chat_template,
             stop_at=stop_at,
+            cpu_experts=router.cpu_experts,
         ),
     )
 
@@ -149,13 +156,14 @@ def collect(
     *,
     labels: Sequence[str] | None = None,
     stop_at: float | None = None,
+    under_way: Path | None = None,
 ) -> list[int]:
     """Run token lists under `sink`, in batches whose captured values stay bounded.
 
     Args:
         similarity_tokens: How many tokens, drawn from all, every expert is evaluated on.
         labels: One for each list; None leaves all unlabelled.
-        stop_at: As in `calibrate`.
+        stop_at, under_way: As in `calibrate`.
 
     Returns:
         The places of the token lists that were read, in `tokens`.
@@ -170,30 +178,48 @@ def collect(
     halves = np.zeros(len(tokens), bool)
     halves[order[1::2]] = True
     names, places = np.unique(labels or [UNLABELLED] * len(tokens), return_inverse=True)
+
+    def batch_of(prompts: list[int]) -> Batch:
+        ids, real = pad([np.asarray(tokens[prompt], np.int32) for prompt in prompts])
+        sampled = np.zeros(ids.shape, bool)
+        for row, prompt in enumerate(prompts):
+            sampled[row, : lengths[prompt]] = chosen[prompt]
+        about = Tokens(
+            labels=tuple(names.tolist()),
+            label=np.repeat(places[prompts], ids.shape[1]),
+            second_half=np.repeat(halves[prompts], ids.shape[1]),
+            sampled=sampled.reshape(-1),
+        )
+        return Batch(ids, real, about)
+
+    sink.progress = None if progress is None else lambda done: progress(done, total)
+    parts = [
+        list(plan_batches(part, lengths, 64, batch_tokens(router)))
+        for part in _parts(order, lengths, stop_at)
+    ]
+    asked = [similarity_tokens, seed, labels, sorted(sink.values)]
+    way = UnderWay(under_way, sink, [batch for part in parts for batch in part], [tokens, asked])
+    if way.done and progress is not None:
+        progress(sink.tokens, None)
     read: list[int] = []
-    for part in _parts(order, lengths, stop_at):
-        for batch in plan_batches(part, lengths, 64, batch_tokens(router)):
-            ids, real = pad([np.asarray(tokens[prompt], np.int32) for prompt in batch])
-            sampled = np.zeros(ids.shape, bool)
-            for row, prompt in enumerate(batch):
-                sampled[row, : lengths[prompt]] = chosen[prompt]
-            sink.next_tokens = Tokens(
-                labels=tuple(names.tolist()),
-                label=np.repeat(places[batch], ids.shape[1]),
-                second_half=np.repeat(halves[batch], ids.shape[1]),
-                sampled=sampled.reshape(-1),
-            )
-            with router.recording(sink):
-                router.forward(ids, real)
-            sink.compare_experts()
-            read += batch
-            if progress is not None:
-                progress(sink.tokens, total)
-        if stop_at is not None and min(rank_stability(sink.statistics).values()) >= stop_at:
+    check, last = True, 0
+    for planned in parts:
+        left = planned[max(0, way.done - last) :]
+        last += len(planned)
+        run_watched(router, sink, map(batch_of, left), check=check, added=way.added)
+        check = check and not left
+        read += [prompt for batch in planned for prompt in batch]
+        # Of a part that an earlier run has gone beyond, it has asked already.
+        asks = last == way.done
+        if stop_at is not None and asks and _least_stability(sink) >= stop_at:
             break
-    if progress is not None and sink.tokens < total:
-        progress(total, total)
+    if progress is not None and sink.tokens < total:  # it was stopped before: all is read
+        progress(sink.tokens, sink.tokens)
     return sorted(read)
+
+
+def _least_stability(sink: CalibrationSink) -> float:
+    return min(rank_stability(sink.statistics).values())
 
 
 def _parts(
@@ -207,12 +233,13 @@ def _parts(
 
 
 def batch_tokens(router: ExpertRouter) -> int:
-    """Tokens of one forward, so that the experts' outputs of all layers stay below 512 MiB.
+    """Tokens of one forward, so that the experts' outputs of a layer stay below 512 MiB.
 
     The logits of the head are never computed.
     """
-    slots = sum(layer.k + 1 for layer in router.layers)
-    return max(1, min(8192, _BATCH_BYTES // (4 * slots * (router.info.hidden_size or 4096))))
+    slots = max(layer.k + 1 for layer in router.layers)
+    hidden = router.info.hidden_size or 4096
+    return max(1, min(_BATCH_TOKENS, _BATCH_BYTES // (4 * slots * hidden)))
 
 
 def _sample(

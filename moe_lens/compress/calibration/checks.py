@@ -1,67 +1,50 @@
-"""What must hold for a calibration to describe the model: nothing is changed, nothing is NaN."""
+"""What must hold for a calibration to describe the model: all is shown, and nothing is NaN."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 
+from moe_lens.checkpoint_files.finite import damaged_tensor
 from moe_lens.compress.statistics.statistics import LayerStatistics
-from moe_lens.errors import CaptureError, MoeLensError, UnsupportedModelError
+from moe_lens.errors import MoeLensError, UnsupportedModelError
 from moe_lens.families import MoELayer
-from moe_lens.instrument import Forward
-
-if TYPE_CHECKING:
-    from moe_lens.router import ExpertRouter
-
-CHECKED_TOKENS = 64
-"""Tokens on which the watched model is compared with the plain one."""
 
 
-class _Discard:
-    """Takes the values of a calibration and keeps none."""
+def check_finite(layers: Sequence[LayerStatistics], folder: Path | None) -> None:
+    """Raise MoeLensError if an expert answered with NaN or infinity.
 
-    def __init__(self, values: frozenset[str]) -> None:
-        self.values = values
-
-    def record(self, forward: Forward) -> None:
-        """Ask for every value, so that all are computed."""
-        mx.eval([forward.value(name, layer) for layer in forward.layers for name in self.values])
-
-
-def check_untouched(
-    router: ExpertRouter, values: frozenset[str], tokens: Sequence[Sequence[int]]
-) -> None:
-    """Compare the logits with and without a watcher, bit for bit, on the first tokens."""
-    ids = [list(max(tokens, key=len)[:CHECKED_TOKENS])] if any(map(len, tokens)) else []
-    if not ids:
-        return
-    plain = router.forward(ids)
-    mx.eval(plain)
-    with router.recording(_Discard(values)):
-        watched = router.forward(ids)
-        mx.eval(watched)
-    if not bool(mx.array_equal(plain, watched, equal_nan=True)):
-        raise CaptureError(
-            "the model gives other logits while it is watched, so a calibration would describe "
-            "another model; please report the model type "
-            f"({router.info.model_type}) and the version of mlx-lm"
-        )
-
-
-def check_finite(layers: Sequence[LayerStatistics]) -> None:
-    """Raise MoeLensError if an expert answered with NaN or infinity."""
+    Args:
+        layers: What was seen.
+        folder: Of the model, to find the tensor that is to blame.
+    """
     for found in layers:
         sums = found.routed
         broken = np.flatnonzero(~np.isfinite(sums.weighted_norm_sums + sums.norm_sums))
         if len(broken):
-            raise MoeLensError(
-                f"expert {broken[0]} of layer {found.layer} answers with NaN or infinity, so "
-                "nothing can be said about it; its weights are damaged: download or convert the "
-                "model again"
-            )
+            who = f"expert {broken[0]} of layer {found.layer}"
+            raise not_finite(f"{who} answers with NaN or infinity", folder)
+
+
+def not_finite(what: str, folder: Path | None) -> MoeLensError:
+    """The refusal of a model in which something is NaN or infinite; reads all weights for it.
+
+    Args:
+        what: A clause that says what is.
+        folder: Of the model; None where it has none.
+    """
+    tensor = None if folder is None else damaged_tensor(folder)
+    if tensor is not None:
+        return MoeLensError(
+            f"{what}, because {tensor.name} in {tensor.file} holds some: the model is damaged, "
+            "download or convert it again"
+        )
+    return MoeLensError(
+        f"{what}, so nothing can be said about it; its weights are damaged or too large to "
+        "compute with: download or convert the model again"
+    )
 
 
 def check_values(layers: Sequence[MoELayer], values: frozenset[str]) -> None:

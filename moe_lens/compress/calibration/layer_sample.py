@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from moe_lens.compress.statistics.similarity import evaluate_all
-from moe_lens.compress.telling import Progress
 from moe_lens.corpus.batches import pad, plan_batches
 from moe_lens.errors import CaptureError, UnsupportedModelError
 from moe_lens.families import MoELayer
 from moe_lens.families.class_swap import call_original
 from moe_lens.instrument import Forward
+from moe_lens.streaming import Batch
+from moe_lens.telling import Progress
 
 from .calibration import batch_tokens
 from .texts import draw_prompts
@@ -58,24 +58,27 @@ class LayerSample:
 
 
 class SampleSink:
-    """Keeps what every layer reads on the sampled tokens of each forward."""
+    """Keeps what every layer reads on the sampled tokens of each forward.
+
+    What is said about a forward is a mask [B * L]: which of its tokens are in the sample.
+    """
+
+    by_layer = True
 
     def __init__(self, layers: Sequence[MoELayer], names: Sequence[str] = VALUES) -> None:
         self.values = frozenset(names)
         self._names = tuple(names)
-        self.sampled: NDArray[np.bool_] = np.zeros(0, bool)
-        """[B * L] which tokens of the next forward are in the sample."""
         self._layers = layers
         self._parts: dict[int, list[list[mx.array]]] = {layer.index: [] for layer in layers}
 
     def record(self, forward: Forward) -> None:
         """Keep the sampled rows; called by the instrument after each forward."""
-        rows = mx.array(np.flatnonzero(self.sampled & forward.valid).astype(np.uint32))
+        rows = mx.array(np.flatnonzero(forward.about & forward.valid).astype(np.uint32))
         if not rows.size:
             return
         for index in forward.layers:
             self._parts[index].append([forward.value(name, index)[rows] for name in self._names])
-        mx.eval([parts[-1] for parts in self._parts.values()])
+            mx.eval(self._parts[index][-1])
 
     def samples(self) -> list[LayerSample]:
         """The layers with all that was kept."""
@@ -134,17 +137,21 @@ def sample_layers(
     marked[np.random.default_rng(seed).choice(total, size, replace=False)] = True
     chosen = np.split(marked, np.cumsum(lengths)[:-1])
     sink, done = SampleSink(router.layers, names), 0
-    for batch in plan_batches(range(len(drawn)), lengths, 64, batch_tokens(router)):
-        ids, real = pad([np.asarray(drawn[prompt], np.int32) for prompt in batch])
+
+    def batch_of(prompts: list[int]) -> Batch:
+        ids, real = pad([np.asarray(drawn[prompt], np.int32) for prompt in prompts])
         mask = np.zeros(ids.shape, bool)
-        for row, prompt in enumerate(batch):
+        for row, prompt in enumerate(prompts):
             mask[row, : lengths[prompt]] = chosen[prompt]
-        sink.sampled = mask.reshape(-1)
-        with router.recording(sink):
-            router.forward(ids, real)
-        done += sum(real)
-        if progress is not None:
-            progress(done, total)
+        return Batch(ids, real, mask.reshape(-1))
+
+    planned = plan_batches(range(len(drawn)), lengths, 64, batch_tokens(router))
+    with router.recording(sink):
+        for wave in router.waves(map(batch_of, planned)):
+            router.forwards(wave)
+            done += sum(sum(batch.lengths or ()) for batch in wave)
+            if progress is not None:
+                progress(done, total)
     return sink.samples()
 
 
@@ -155,6 +162,11 @@ def sample_size(layer: MoELayer, hidden: int | None) -> int:
 
 def all_outputs(sample: LayerSample) -> mx.array:
     """[S, E, width] in float32 what every expert answers, evaluated in chunks of 64 MiB."""
+    with sample.layer.reading():
+        return _all_outputs(sample)
+
+
+def _all_outputs(sample: LayerSample) -> mx.array:
     layer = sample.layer
     step = max(1, _CHUNK_BYTES // (4 * layer.num_experts * sample.inputs.shape[-1]))
     evaluate = evaluate_all(layer.experts, layer.num_experts)

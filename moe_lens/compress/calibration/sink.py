@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens import kernels
+from moe_lens.compress.statistics.array_file import Arrays
 from moe_lens.compress.statistics.routed_sums import Floats, RoutedSums, added, total
 from moe_lens.compress.statistics.similarity import Evaluate, compare_outputs, evaluate_all
 from moe_lens.compress.statistics.statistics import NOT_AN_EXPERT, UNLABELLED, LayerStatistics
+from moe_lens.compress.statistics.statistics_file import layers_as_arrays, layers_from_arrays
 from moe_lens.families import MoELayer
 from moe_lens.instrument import Forward
 
@@ -102,15 +105,17 @@ def _sum_outputs(
 class CalibrationSink:
     """Adds each forward to the statistics of every MoE layer.
 
+    What is said about a forward are its `Tokens`; nothing: `Tokens.plain`.
+
     Args:
         layers: The MoE layers of the model.
         similarity: Also sum the Gram matrix of the router logits, where a layer shows them, and
-            keep the experts' inputs of the sampled tokens of a forward, for `compare_experts`.
+            evaluate every expert on the sampled tokens.
         mean_outputs: Also sum the experts' outputs themselves: [E, width] for each label, and
             over all sampled tokens.
     """
 
-    layers: frozenset[int] | None = None
+    by_layer = True
 
     def __init__(
         self, layers: Sequence[MoELayer], *, similarity: bool = True, mean_outputs: bool = False
@@ -125,25 +130,36 @@ class CalibrationSink:
             self.values |= {"expert_inputs"}
         if self._show_logits:
             self.values |= {"router_logits"}
-        self.next_tokens: Tokens | None = None
-        """What the tokens of the next forward are; None: `Tokens.plain`."""
         self.tokens = 0
+        """Tokens that all layers have run."""
+        self.progress: Callable[[int], None] | None = None
+        """Called with the tokens done; of a layer that has run alone, its share of them."""
+        self._done = 0
         self._statistics = {
             layer.index: LayerStatistics.empty(layer.index, layer.num_experts, layer.k)
             for layer in layers
         }
-        self._pending: dict[int, tuple[mx.array, NDArray[np.uint16]]] = {}
 
     @property
     def statistics(self) -> tuple[LayerStatistics, ...]:
         """What was added so far, by layer."""
         return tuple(self._statistics[index] for index in sorted(self._statistics))
 
+    def sums(self) -> tuple[dict[str, Any], Arrays]:
+        """All that was added so far, once every layer has run the same tokens."""
+        parts, arrays = layers_as_arrays(self.statistics)
+        return {"layers": parts, "tokens": self.tokens}, arrays
+
+    def go_on(self, content: dict[str, Any], arrays: Arrays) -> None:
+        """Begin with what `sums` gave."""
+        held = {each.layer: each for each in layers_from_arrays(content["layers"], arrays)}
+        self._statistics = {index: held[index] for index in self._statistics}
+        self.tokens = int(content["tokens"])
+        self._done = self.tokens * len(self._layers)
+
     def record(self, forward: Forward) -> None:
-        """Reduce one forward; called by the instrument after it."""
-        tokens = self.next_tokens or Tokens.plain(len(forward.valid))
-        self.next_tokens = None
-        self.tokens += int(forward.valid.sum())
+        """Reduce one forward, or some layers of one; called by the instrument after it."""
+        tokens = forward.about or Tokens.plain(len(forward.valid))
         lazy = {index: self._reduced(forward, index) for index in forward.layers}
         mx.eval(list(lazy.values()))
         for index, (ids, weights, norms, peaks, *gram) in lazy.items():
@@ -158,8 +174,12 @@ class CalibrationSink:
             if gram:
                 found = replace(found, logit_gram=np.array(gram[0]).astype(np.float64))
             self._statistics[index] += found
-        if self._similarity:
-            self._keep_inputs(forward, tokens.sampled)
+            if self._similarity:
+                self._compare_experts(forward, index, tokens.sampled)
+        self._done += int(forward.valid.sum()) * len(forward.layers)
+        self.tokens = self._done // len(self._layers)
+        if self.progress is not None:
+            self.progress(self.tokens)
 
     def _reduced(self, forward: Forward, index: int) -> tuple[mx.array, ...]:
         """Lazily: ids, weights, norms and peaks of every slot, and the Gram matrix of the logits.
@@ -169,7 +189,7 @@ class CalibrationSink:
         ids, weights, outputs = (forward.value(name, index) for name in ROUTED)
         outputs = outputs.astype(mx.float32)
         norms = mx.sqrt(mx.square(outputs).sum(axis=-1))
-        peaks = mx.abs(outputs).max(axis=-1)
+        peaks = mx.maximum(outputs.max(axis=-1), -outputs.min(axis=-1))
         found = ids, weights.astype(mx.float32), norms, peaks
         if not self._show_logits:
             return found
@@ -177,38 +197,32 @@ class CalibrationSink:
         logits = mx.where(mx.array(forward.valid)[:, None], logits, 0.0)
         return *found, logits.T @ logits
 
-    def _keep_inputs(self, forward: Forward, sampled: NDArray[np.bool_]) -> None:
+    def _compare_experts(self, forward: Forward, index: int, sampled: NDArray[np.bool_]) -> None:
+        """Evaluate every expert of a layer on the sampled tokens of this forward.
+
+        The model's own experts are called, past the seams.
+        """
         rows = np.flatnonzero(sampled & forward.valid)
         if not len(rows):
             return
-        for index in forward.layers:
-            inputs = forward.value("expert_inputs", index)[mx.array(rows)]
-            ids = np.array(forward.value("expert_ids", index))[rows]
-            real = ids < self._layers[index].num_experts
-            mx.eval(inputs)
-            self._pending[index] = (inputs, np.where(real, ids, NOT_AN_EXPERT).astype(np.uint16))
-
-    def compare_experts(self) -> None:
-        """Evaluate every expert on the sampled tokens of the last forward.
-
-        Must run outside the recording, so that the model's own experts are called.
-        """
-        for index, (inputs, ids) in self._pending.items():
-            layer = self._layers[index]
-            experts = layer.num_experts
-            seen = _Summed(evaluate_all(layer.experts, experts), self._mean_outputs)
-            sums, counts = compare_outputs(seen, inputs, ids, experts)
-            held = self._statistics[index]
-            self._statistics[index] = replace(
-                held,
-                cosine_sums=held.cosine_sums + sums,
-                cosine_counts=held.cosine_counts + counts,
-                sampled_ids=np.concatenate([held.sampled_ids, ids]),
-                sampled_output_sums=added(
-                    held.sampled_output_sums, seen.sums, len(held.sampled_ids), len(ids)
-                ),
-            )
-        self._pending = {}
+        layer = self._layers[index]
+        experts = layer.num_experts
+        inputs = forward.value("expert_inputs", index)[mx.array(rows)]
+        ids = np.array(forward.value("expert_ids", index))[rows]
+        ids = np.where(ids < experts, ids, NOT_AN_EXPERT).astype(np.uint16)
+        mx.eval(inputs)
+        seen = _Summed(evaluate_all(layer.experts, experts), self._mean_outputs)
+        sums, counts = compare_outputs(seen, inputs, ids, experts)
+        held = self._statistics[index]
+        self._statistics[index] = replace(
+            held,
+            cosine_sums=held.cosine_sums + sums,
+            cosine_counts=held.cosine_counts + counts,
+            sampled_ids=np.concatenate([held.sampled_ids, ids]),
+            sampled_output_sums=added(
+                held.sampled_output_sums, seen.sums, len(held.sampled_ids), len(ids)
+            ),
+        )
 
 
 class _Summed:

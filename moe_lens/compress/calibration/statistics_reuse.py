@@ -9,16 +9,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe_lens.compress.resuming.work_folder import (
+    CHANNELS,
+    STATISTICS,
+    UNDER_WAY,
+    WorkFolder,
+)
+from moe_lens.compress.statistics.channel_file import load_channels, save_channels
+from moe_lens.compress.statistics.channel_statistics import ChannelCalibration
 from moe_lens.compress.statistics.statistics import Calibration, Collected
 from moe_lens.compress.statistics.statistics_file import (
     check_reusable,
     load_statistics,
     save_statistics,
 )
-from moe_lens.compress.telling import Progress, Say
+from moe_lens.compress.tensors.unpacked import packed_modules
 from moe_lens.corpus import Corpus
+from moe_lens.telling import Progress, Say
 
 from .calibration import SIMILARITY_TOKENS, calibrate, identify
+from .channel_calibration import calibrate_channels
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
@@ -28,6 +38,7 @@ def calibrate_once(
     router: ExpertRouter,
     corpus: Corpus,
     path: Path | None,
+    work: WorkFolder | None = None,
     *,
     similarity: bool,
     mean_outputs: bool = False,
@@ -43,7 +54,8 @@ def calibrate_once(
     Args:
         router: The model.
         corpus: The prompts, all of which are read.
-        path: A statistics file, which need not be there yet; None: nothing is kept.
+        path: A statistics file, which need not be there yet; None: that of `work`.
+        work: Where the statistics are kept for a run that goes on; None: nowhere.
         say: Told whether the file was used or written.
 
     The other arguments are those of `calibrate`.
@@ -52,6 +64,11 @@ def calibrate_once(
         UsageError: The file is of another model, text or way of reading, or lacks what is asked.
         MoeLensError: The file is damaged or cannot be written; and as `calibrate`.
     """
+    if work is not None:
+        work.calibrates_with(packed_modules(router.model))
+    under_way = None if work is None else work.file(UNDER_WAY.format(STATISTICS))
+    if path is None and work is not None:
+        path, say = work.file(STATISTICS), None
     if path is not None and path.exists():
         found = load_statistics(path)
         check_reusable(
@@ -67,6 +84,7 @@ def calibrate_once(
                 mean_outputs=mean_outputs,
                 chat_template=chat_template,
                 stop_at=stop_at,
+                cpu_experts=router.cpu_experts,
             ),
         )
         if say is not None:
@@ -82,9 +100,49 @@ def calibrate_once(
         stop_at=stop_at,
         seed=seed,
         progress=progress,
+        under_way=under_way,
     )
     if path is not None:
         save_statistics(found, path)
         if say is not None:
             say(f"the statistics of {found.tokens:,} tokens are kept in {path}")
+    if under_way is not None:
+        under_way.unlink(missing_ok=True)
+    return found
+
+
+def calibrate_channels_once(
+    router: ExpertRouter,
+    corpus: Corpus,
+    work: WorkFolder | None,
+    *,
+    sequence_length: int | None = 512,
+    chat_template: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ChannelCalibration:
+    """The channels that an earlier run has left in `work`, or those of `calibrate_channels`.
+
+    Raises:
+        DiskError: They cannot be kept.
+        MoeLensError: As `calibrate_channels`, or what was kept is damaged.
+    """
+    if work is not None:
+        work.calibrates_with(packed_modules(router.model))
+    if work is not None and work.file(CHANNELS).is_file():
+        return load_channels(work.file(CHANNELS))
+    under_way = None if work is None else work.file(UNDER_WAY.format(CHANNELS))
+    found = calibrate_channels(
+        router,
+        corpus,
+        sequence_length=sequence_length,
+        chat_template=chat_template,
+        seed=seed,
+        progress=progress,
+        under_way=under_way,
+    )
+    if work is not None:
+        save_channels(found, work.file(CHANNELS))
+    if under_way is not None:
+        under_way.unlink(missing_ok=True)
     return found

@@ -16,7 +16,13 @@ from .model_file import is_ours
 from .unequal_layers import resize_layers
 
 
-def assemble(folder: Path, config: dict[str, Any], parameters: dict[str, mx.array]) -> nn.Module:
+def assemble(
+    folder: Path,
+    config: dict[str, Any],
+    parameters: dict[str, mx.array],
+    *,
+    as_stored: bool = False,
+) -> nn.Module:
     """What ``mlx_lm.load`` would give if `config` and `parameters` were written to a folder.
 
     The architecture is built, quantised and filled by mlx-lm itself. Only the reading of weight
@@ -26,6 +32,7 @@ def assemble(folder: Path, config: dict[str, Any], parameters: dict[str, mx.arra
         folder: The parent's folder.
         config: Of the model to build.
         parameters: All of them, under mlx-lm's own names; may be lazy.
+        as_stored: They are in a layout that mlx-lm's loader has to translate first.
 
     Raises:
         UnsupportedModelError: The model brings code of its own.
@@ -38,10 +45,11 @@ def assemble(folder: Path, config: dict[str, Any], parameters: dict[str, mx.arra
         )
     original, arguments = _get_classes(config)
     given = dict(parameters)
+    translate = as_stored and hasattr(original, "sanitize")
 
     class Given(original):  # type: ignore[valid-type, misc]
         def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            return given
+            return super().sanitize(dict(given)) if translate else given
 
     def build(args: Any) -> nn.Module:
         model = Given(args)
@@ -51,7 +59,7 @@ def assemble(folder: Path, config: dict[str, Any], parameters: dict[str, mx.arra
         folder,
         lazy=True,
         # What the file would do is done here, so none has to be there and be trusted.
-        model_config={**copy.deepcopy(config), "model_file": None},
+        model_config={"quantization": None, **copy.deepcopy(config), "model_file": None},
         get_model_classes=lambda config: (build, arguments),
     )
     model.__class__ = original

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from moe_lens.checkpoint_files.config import read_config
+from moe_lens.compress.hugging_face.exported import Export
 from moe_lens.compress.plan.plan import Plan
 from moe_lens.compress.tensors.parent import Parent
 from moe_lens.compress.tensors.regroup import checked_groups
+from moe_lens.compress.tensors.unread import without_heads
 from moe_lens.errors import MoeLensError
 
 from .config_keys import change_number, parts
@@ -24,6 +30,17 @@ K_KEYS = (
     "moe_k",
     "top_k_experts",
 )
+
+_FP4_EXPERTS = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
+"""What gpt-oss says of its experts on the hub; no other model type has them there."""
 
 
 def smaller_config(parent: Parent, plan: Plan) -> dict[str, Any]:
@@ -54,6 +71,8 @@ def smaller_config(parent: Parent, plan: Plan) -> dict[str, Any]:
         keys.apply(config, model.expert_width, plan.expert_width)
     if plan.experts_per_token != model.experts_per_token:
         _change_k(config, parent, plan)
+    if parent.unread.heads:
+        without_heads(config)
     for key in ("quantization", "quantization_config"):
         if isinstance(config.get(key), dict):
             config[key] = _renumber(_regroup(config[key], parent, plan), parent, plan)
@@ -61,6 +80,29 @@ def smaller_config(parent: Parent, plan: Plan) -> dict[str, Any]:
         for part in parts(config):
             # mlx-lm unpacks fp8 while loading: what is written is no longer fp8.
             part.pop("quantization_config", None)
+    return config
+
+
+def exported_config(parent: Parent, plan: Plan, export: Export) -> dict[str, Any]:
+    """The config of the smaller model in the layout of Hugging Face transformers.
+
+    It is that of the parent's file, without what mlx-lm's loader and converter add: a quantisation
+    stays where the bytes still are what it says.
+    """
+    own = read_config(parent.path)
+    config = smaller_config(replace(parent, config=own), plan)
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    if export.own:
+        for part, before in zip(parts(config), parts(own), strict=True):
+            if "quantization_config" in before:
+                part["quantization_config"] = copy.deepcopy(before["quantization_config"])
+    elif parent.quantisations:
+        config["quantization_config"] = copy.deepcopy(_FP4_EXPERTS)
+    if not export.own:
+        without_heads(config)  # the converter left them out, if there were any
+    if architecture := MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"]):
+        config.setdefault("architectures", [architecture])
     return config
 
 

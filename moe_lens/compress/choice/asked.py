@@ -66,6 +66,18 @@ class Asked:
         return self.plan is None and self.size is not None and self.decided_method == AUTO
 
     @property
+    def may_change_experts(self) -> bool:
+        """Whether an expert may get weights that none of the parent's has.
+
+        Of a plan that is given that is not known yet; it is applied soon enough.
+        """
+        if self.plan is not None:
+            return False
+        if self.threshold is not None or self.merge or self.expert_width is not None:
+            return True
+        return self.decided_method in (AUTO, CHANNELS)
+
+    @property
     def validates(self) -> bool:
         """Whether a part of the calibration text is kept for comparing."""
         compared = self.per_layer and self.threshold is None

@@ -9,9 +9,10 @@ from typing import Any
 
 from moe_lens.compress.plan.identity import CorpusIdentity
 from moe_lens.compress.plan.plan import Plan
+from moe_lens.compress.stages import PLANNING, trying
 from moe_lens.compress.statistics.saliency import METHODS
-from moe_lens.compress.telling import StageProgress, of_stage
-from moe_lens.errors import MoeLensError
+from moe_lens.errors import DiskError, MoeLensError
+from moe_lens.telling import StageProgress, begin
 
 from .methods import Found, combined_candidates, single_candidates
 from .readings import Readings
@@ -105,14 +106,19 @@ def choose(
         methods: Only these (`methods.single_candidates` has their names); None for all.
         experts_per_token: Of the smaller model; None keeps it, and tries fewer for merges.
         seed: Of ``random``.
-        progress: Called with "trying " and the method, tokens done and in all.
+        progress: Called with the trial of each method, tokens done and in all, and with the layers
+            of each plan.
 
     Raises:
         MoeLensError: No method can make so small a model; the message has all reasons.
     """
     trials: list[Trial] = []
     skipped: list[Skipped] = []
-    settings: dict[str, Any] = {"experts_per_token": experts_per_token, "seed": seed}
+    settings: dict[str, Any] = {
+        "experts_per_token": experts_per_token,
+        "seed": seed,
+        "progress": begin(progress, PLANNING),
+    }
 
     def try_all(found: Iterator[Found]) -> None:
         for each in found:
@@ -121,6 +127,7 @@ def choose(
                 skipped.append(tried)
             else:
                 trials.extend(tried)
+            begin(progress, PLANNING)  # of the next, while it is asked for
 
     table = bench.table
     try_all(single_candidates(readings, table, limit, methods=methods, **settings))
@@ -142,8 +149,10 @@ def try_one(
         return found
     try:
         tried = bench.try_plan(
-            found.name, found.plan, found.ks, of_stage(progress, f"trying {found.name}")
+            found.name, found.plan, found.ks, begin(progress, trying(found.name))
         )
+    except DiskError:
+        raise
     except MoeLensError as error:
         return Skipped(found.name, str(error))
     finite = [trial for trial in tried if math.isfinite(trial.loss.kl.value)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from moe_lens.compress.calibration.texts import bundled_note, read_text
 from moe_lens.compress.calibration.validation_split import split
 from moe_lens.compress.plan.identity import CorpusIdentity, public_name
 from moe_lens.compress.plan.json_text import dump
-from moe_lens.compress.telling import Say, StageProgress
 from moe_lens.compress.tensors.parent import open_parent
 from moe_lens.compress.tensors.size_table import SizeTable
 from moe_lens.corpus import Corpus
 from moe_lens.errors import MoeLensError, UsageError
+from moe_lens.families import AUTO, LIST_NOTE, SEGMENTED, decide
 from moe_lens.loading import resolve
+from moe_lens.telling import LOADING, Say, Stage, StageProgress, begin
 
 from .asked_size import AskedSize
 from .choice import DEFINITION, Choice, choose
@@ -104,6 +105,8 @@ def frontier(
     seed: int = 0,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    stream: bool | None = None,
+    cpu_experts: str = AUTO,
     progress: StageProgress | None = None,
     say: Say | None = None,
 ) -> Frontier:
@@ -122,6 +125,9 @@ def frontier(
         seed: Of every random choice.
         revision: Of a hub id.
         trust_remote_code: Let the model and its tokenizer run code that comes with them.
+        stream: As in `compress`.
+        cpu_experts: How experts are computed (`RoutedModel.cpu_experts`); ``auto``: by segment on
+            MLX's CPU backend.
         progress: Called with a stage, and how much of how much of it is done.
         say: Called with each note as it arises.
 
@@ -132,6 +138,7 @@ def frontier(
     """
     from moe_lens.router import ExpertRouter
 
+    decide(cpu_experts)
     only = None if methods is None else tuple(methods)
     check_method_names(only)
     sizes = [AskedSize(ratio=ratio) for ratio in sorted(set(ratios))]
@@ -141,10 +148,17 @@ def frontier(
     drawn = corpus if sample_size is None else corpus.sample(sample_size, seed)
     learn, held = split(drawn, seed)
     source = resolve(name, revision)
-    router = ExpertRouter.from_pretrained(source, trust_remote_code=trust_remote_code)
+    loaded = begin(progress, LOADING)
+    router = ExpertRouter.from_pretrained(
+        source, trust_remote_code=trust_remote_code, stream=stream
+    )
     router.name = str(name)
+    if loaded is not None and not router.streamed:
+        loaded(router.info.bytes, router.info.bytes)
     bundled = bundled_note(name, [] if calibration is not None else ["calibration"])
     notes = [*([] if bundled is None else [bundled]), *drawn.notes, *router.notes]
+    if cpu_experts == SEGMENTED != decide(cpu_experts, router.layers):
+        notes.append(LIST_NOTE)
     if say is not None:
         for note in notes:
             say(note)
@@ -154,6 +168,7 @@ def frontier(
         sequence_length=sequence_length,
         chat_template=chat_template,
         seed=seed,
+        cpu_experts=cpu_experts,
         progress=progress,
     )
     table = SizeTable.of(open_parent(source, trust_remote_code=trust_remote_code))
@@ -198,4 +213,10 @@ def frontier(
 def _sized(progress: StageProgress | None, limit: int) -> StageProgress | None:
     if progress is None:
         return None
-    return lambda stage, done, total: progress(f"{stage}, {limit / 1e6:.4g} MB", done, total)
+
+    def at_this_size(stage: Stage, done: int, total: int | None) -> None:
+        if stage.of is not None:
+            stage = replace(stage, of=f"{stage.of}, {limit / 1e6:.4g} MB")
+        progress(stage, done, total)
+
+    return at_this_size

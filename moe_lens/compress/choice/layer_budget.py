@@ -20,7 +20,7 @@ from moe_lens.compress.plan.limits import Limits
 from moe_lens.compress.plan.plan import ExpertGroup, LayerPlan, Plan
 from moe_lens.compress.statistics.statistics import Calibration
 from moe_lens.compress.statistics.super_experts import super_experts
-from moe_lens.compress.telling import Progress
+from moe_lens.telling import Progress
 
 from .layer_allocation import allocate, curve
 from .trials import TrialBench, lead

@@ -16,6 +16,7 @@ from moe_lens.compress.pruning.pruning import plan_prune
 from moe_lens.compress.statistics.saliency import METHODS
 from moe_lens.compress.tensors.size_table import Shape, SizeTable
 from moe_lens.errors import MoeLensError, UsageError
+from moe_lens.telling import Progress
 
 from .readings import Readings
 from .trials import Skipped
@@ -95,6 +96,7 @@ def single_candidates(
     methods: Iterable[str] | None = None,
     experts_per_token: int | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Iterator[Found]:
     """The plan of every method that removes, merges or narrows experts, of at most `limit` bytes.
 
@@ -105,6 +107,7 @@ def single_candidates(
         methods: Names to leave out all others; None for every method.
         experts_per_token: Of the smaller model; None keeps it, and tries fewer for merges.
         seed: Of ``random``.
+        progress: Called with layers of each plan done and in all.
     """
     wanted = None if methods is None else set(methods)
     model = readings.statistics.model
@@ -113,7 +116,7 @@ def single_candidates(
     )
     for method in METHODS:
         if wanted is None or method in wanted:
-            make = partial(_prune, readings, method, count, experts_per_token, seed)
+            make = partial(_prune, readings, method, count, experts_per_token, seed, progress)
             yield _planned(method, make)
     # Merged experts may be fewer than a token has slots: the slots go with them.
     count = table.most_experts(
@@ -121,9 +124,10 @@ def single_candidates(
     )
     for name in MERGES:
         if wanted is None or name in wanted:
-            yield _merged(readings, name, count, experts_per_token)
+            yield _merged(readings, name, count, experts_per_token, progress)
     if count is not None and (wanted is None or MERGE_ALIKE in wanted):
-        alike = _planned(MERGE_ALIKE, partial(_merge_alike, readings, count, experts_per_token))
+        make = partial(_merge_alike, readings, count, experts_per_token, progress)
+        alike = _planned(MERGE_ALIKE, make)
         if isinstance(alike, Candidate):
             yield _with_fewer_k(readings, alike, experts_per_token)
     if wanted is None or CHANNELS in wanted:
@@ -138,6 +142,7 @@ def combined_candidates(
     *,
     experts_per_token: int | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Iterator[Found]:
     """Fewer and narrower experts at once, at up to three splits of the same bytes.
 
@@ -148,12 +153,13 @@ def combined_candidates(
         method: What removes the experts.
         experts_per_token: Of the smaller model; None keeps it.
         seed: Of ``random``.
+        progress: Called with layers of each plan done and in all.
     """
     if readings.channels is None or readings.widths is None:
         return
     shapes = _split_shapes(readings, table, limit, experts_per_token)
     for shape in shapes:
-        make = partial(_narrowed, readings, method, shape, experts_per_token, seed)
+        make = partial(_narrowed, readings, method, shape, experts_per_token, seed, progress)
         yield _planned(f"{method} + {CHANNELS}", make)
 
 
@@ -180,7 +186,14 @@ def _planned(name: str, make: Callable[[], Plan], ks: Sequence[int] = ()) -> Fou
         return Skipped(name, str(error))
 
 
-def _prune(readings: Readings, method: str, count: int | None, k: int | None, seed: int) -> Plan:
+def _prune(
+    readings: Readings,
+    method: str,
+    count: int | None,
+    k: int | None,
+    seed: int,
+    progress: Progress | None,
+) -> Plan:
     if count is None:
         raise MoeLensError(NO_COUNT)
     if method == "greedy" and readings.samples is None:
@@ -193,12 +206,15 @@ def _prune(readings: Readings, method: str, count: int | None, k: int | None, se
         seed=seed,
         router=readings.router,
         samples=readings.samples,
+        progress=progress,
     )
 
 
-def _merged(readings: Readings, name: str, count: int | None, k: int | None) -> Found:
+def _merged(
+    readings: Readings, name: str, count: int | None, k: int | None, progress: Progress | None
+) -> Found:
     merging = _with_possible_rows(MERGES[name], readings)
-    found = _planned(name, partial(_merge, readings, merging, count, k))
+    found = _planned(name, partial(_merge, readings, merging, count, k, progress))
     return found if isinstance(found, Skipped) else _with_fewer_k(readings, found, k)
 
 
@@ -216,7 +232,7 @@ def _with_fewer_k(readings: Readings, merge: Candidate, k: int | None) -> Candid
     return replace(merge, ks=ks_worth_measuring(readings.statistics, merge.plan)[0])
 
 
-def _merge_alike(readings: Readings, count: int, k: int | None) -> Plan:
+def _merge_alike(readings: Readings, count: int, k: int | None, progress: Progress | None) -> Plan:
     merging = _with_possible_rows(BY_THRESHOLD, readings)
     plan = plan_merge(
         readings.statistics,
@@ -224,13 +240,20 @@ def _merge_alike(readings: Readings, count: int, k: int | None) -> Plan:
         experts_per_token=k,
         merging=merging,
         samples=readings.samples,
+        progress=progress,
     )
     if plan.num_experts >= count:
         raise MoeLensError("it is no smaller than the size asked for")
     return plan
 
 
-def _merge(readings: Readings, merging: Merging, count: int | None, k: int | None) -> Plan:
+def _merge(
+    readings: Readings,
+    merging: Merging,
+    count: int | None,
+    k: int | None,
+    progress: Progress | None,
+) -> Plan:
     if count is None:
         raise MoeLensError(NO_COUNT)
     if merging.needs_sample and readings.samples is None:
@@ -241,6 +264,7 @@ def _merge(readings: Readings, merging: Merging, count: int | None, k: int | Non
         experts_per_token=k,
         merging=merging,
         samples=readings.samples,
+        progress=progress,
     )
 
 
@@ -255,7 +279,14 @@ def _channels(readings: Readings, table: SizeTable, limit: int, k: int | None) -
     return Candidate(CHANNELS, plan if k is None else plan.with_experts_per_token(k))
 
 
-def _narrowed(readings: Readings, method: str, shape: Shape, k: int | None, seed: int) -> Plan:
+def _narrowed(
+    readings: Readings,
+    method: str,
+    shape: Shape,
+    k: int | None,
+    seed: int,
+    progress: Progress | None,
+) -> Plan:
     assert readings.channels is not None
-    fewer = _prune(readings, method, shape.num_experts, k, seed)
+    fewer = _prune(readings, method, shape.num_experts, k, seed, progress)
     return plan_channels(readings.channels, shape.expert_width, fewer)

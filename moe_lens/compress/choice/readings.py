@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_lens.compress.calibration.channel_calibration import calibrate_channels
 from moe_lens.compress.calibration.layer_sample import LayerSample, sample_layers, sample_reason
-from moe_lens.compress.calibration.statistics_reuse import calibrate_once
+from moe_lens.compress.calibration.statistics_reuse import (
+    calibrate_channels_once,
+    calibrate_once,
+)
 from moe_lens.compress.checkpoint.expert_width import Widths, widths_of
+from moe_lens.compress.resuming.work_folder import WorkFolder
+from moe_lens.compress.stages import CALIBRATING, CALIBRATING_CHANNELS, SAMPLING
 from moe_lens.compress.statistics.channel_statistics import ChannelCalibration
 from moe_lens.compress.statistics.statistics import Calibration
-from moe_lens.compress.telling import Say, StageProgress, of_stage
-from moe_lens.compress.tensors.unpacked import unpacked
+from moe_lens.compress.tensors.unpacked import fastest
 from moe_lens.corpus import Corpus
-from moe_lens.errors import MoeLensError, UnsupportedModelError
+from moe_lens.errors import DiskError, MoeLensError, UnsupportedModelError
+from moe_lens.families import AUTO
+from moe_lens.telling import Say, StageProgress, begin
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
@@ -24,8 +29,6 @@ if TYPE_CHECKING:
 
 SAMPLE_VALUES = ("expert_inputs", "router_logits", "mask")
 """What a layer must show, and take, for methods that judge on a sample."""
-
-STAGES = ("calibrating", "calibrating channels", "sampling layers")
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Readings:
     """
 
     router: ExpertRouter
-    """The parent as it runs fastest (`unpacked`)."""
+    """The parent as it runs fastest (`fastest`)."""
     tokens: Sequence[Sequence[int]]
     statistics: Calibration
     channels: ChannelCalibration | None
@@ -55,8 +58,10 @@ def read_all(
     sequence_length: int | None = 512,
     chat_template: bool = False,
     statistics_file: Path | None = None,
+    work: WorkFolder | None = None,
     stop_at: float | None = None,
     seed: int = 0,
+    cpu_experts: str = AUTO,
     progress: StageProgress | None = None,
     say: Say | None = None,
 ) -> Readings:
@@ -71,25 +76,28 @@ def read_all(
         sequence_length: Tokens after which a prompt is cut.
         chat_template: Render prompts through the tokenizer's chat template.
         statistics_file: Where the routed sums are kept and read again; None: nowhere.
+        work: Where sums and channels are kept for a run that goes on; None: nowhere.
         stop_at: As in `calibrate`.
         seed: Of the samples.
-        progress: Called with one of `STAGES`, tokens done and in all.
+        cpu_experts: How experts are computed: ``stock``, ``segmented``, or ``auto``.
+        progress: Called with the pass, tokens done and in all.
         say: Told whether the file was used or written.
 
     Raises:
         UnsupportedModelError, CaptureError, MoeLensError: As `calibrate`.
     """
-    packed, router = router, unpacked(router)
+    packed, router = router, fastest(router, cpu_experts)
     statistics = calibrate_once(
         router,
         corpus,
         statistics_file,
+        work,
         similarity=True,
         sequence_length=sequence_length,
         chat_template=chat_template,
         stop_at=stop_at,
         seed=seed,
-        progress=of_stage(progress, STAGES[0]),
+        progress=begin(progress, CALIBRATING),
         say=say,
     )
     tokens = corpus.tokenize(router.tokenizer, sequence_length, chat_template)
@@ -98,21 +106,24 @@ def read_all(
         widths = widths_of(packed.config, packed.layers)
         if not widths.possible:
             raise UnsupportedModelError("no smaller width can be stored as whole groups")
-        channels = calibrate_channels(
+        channels = calibrate_channels_once(
             router,
             corpus,
+            work,
             sequence_length=sequence_length,
             chat_template=chat_template,
             seed=seed,
-            progress=of_stage(progress, STAGES[1]),
+            progress=begin(progress, CALIBRATING_CHANNELS),
         )
+    except DiskError:
+        raise
     except MoeLensError as error:
         no_channels = str(error)
     samples, no_samples = None, sample_reason(router.layers, SAMPLE_VALUES)
     inputs = no_samples is None and sample_reason(router.layers, ("router_inputs",)) is None
     if no_samples is None:
         samples = sample_layers(
-            router, tokens, seed, of_stage(progress, STAGES[2]), router_inputs=inputs
+            router, tokens, seed, begin(progress, SAMPLING), router_inputs=inputs
         )
     return Readings(
         router=router,

@@ -18,16 +18,19 @@ from numpy.typing import NDArray
 
 from moe_lens.compress.checkpoint.in_memory import in_memory
 from moe_lens.compress.plan.plan import Plan
-from moe_lens.compress.telling import Progress
+from moe_lens.compress.resuming.work_folder import WorkFolder
 from moe_lens.compress.tensors.size_table import Shape, SizeTable
-from moe_lens.compress.tensors.unpacked import unpack_if_faster
+from moe_lens.compress.tensors.unpacked import run_fastest
 from moe_lens.compress.verification.bootstrap import Bootstrap, Measure
-from moe_lens.compress.verification.losses import Comparison, Forward, compare
+from moe_lens.compress.verification.losses import Comparison, Forwards, compare, with_k
 from moe_lens.compress.verification.verification import Loss
 from moe_lens.compress.verification.verify import loss
 from moe_lens.errors import CaptureError, UnsupportedModelError
-from moe_lens.machine.facts import memory
+from moe_lens.streaming import Batch, Passed
+from moe_lens.streaming.memory import free_memory
+from moe_lens.telling import Progress
 
+from .kept_trials import KeptTrials
 from .simulate import simulated
 
 if TYPE_CHECKING:
@@ -97,9 +100,10 @@ class TrialBench:
     """Runs plans of one model on one text.
 
     Args:
-        router: The parent, as it runs fastest (`unpacked`).
+        router: The parent, as it runs fastest (`fastest`).
         tokens: The text; prompts of fewer than two tokens count nothing.
         table: Of the parent.
+        work: Where what was measured is kept, and found again; None: nowhere.
         seed: Of the bootstrap.
 
     Raises:
@@ -111,6 +115,7 @@ class TrialBench:
         router: ExpertRouter,
         tokens: Sequence[Sequence[int]],
         table: SizeTable,
+        work: WorkFolder | None = None,
         *,
         seed: int = 0,
     ) -> None:
@@ -120,9 +125,9 @@ class TrialBench:
                 "predict; give longer text"
             )
         self.router, self.tokens, self.table, self.seed = router, tokens, table, seed
-        self._vocabulary = int(router.forward([[0]]).shape[-1])
-        size = 4 * self._vocabulary * sum(map(len, tokens))
-        self._parent: Forward = router.forward if size > KEPT_BYTES else _Kept(router.forward)
+        size = 4 * router.vocabulary * sum(map(len, tokens))
+        self._kept = KeptTrials(work, tokens, [router.cpu_experts])
+        self._parent: Forwards = router.forwards if size > KEPT_BYTES else _Kept(router.forwards)
 
     def try_plan(
         self,
@@ -147,8 +152,7 @@ class TrialBench:
                 brings code of its own.
         """
         plans = [plan.with_experts_per_token(k) for k in ks] or [plan]
-        with self._forwards(plans, built=built) as forwards:
-            found = compare(self._parent, forwards, self.tokens, self._vocabulary, progress)
+        found = self._measured(plans, progress, built=built)
         return [
             self._trial(name, each, comparison)
             for each, comparison in zip(plans, found, strict=True)
@@ -156,9 +160,23 @@ class TrialBench:
 
     def mean_kl(self, plan: Plan) -> float:
         """The mean KL divergence of a plan that masks can show, and nothing else of it."""
-        masked = _masked(self.router, plan)
-        found = compare(self._parent, [masked], self.tokens, self._vocabulary)[0]
-        return float(found.kl.mean())
+        return float(self._measured([plan])[0].kl.mean())
+
+    def _measured(
+        self, plans: Sequence[Plan], progress: Progress | None = None, *, built: bool = False
+    ) -> list[Comparison]:
+        def measure() -> list[Comparison]:
+            with self._forwards(plans, built=built) as forwards:
+                return compare(
+                    self._parent,
+                    forwards,
+                    self.tokens,
+                    self.router.vocabulary,
+                    progress,
+                    wave_tokens=self.router.wave_tokens,
+                )
+
+        return self._kept.once(plans, built, measure, progress)
 
     def _trial(self, name: str, plan: Plan, found: Comparison) -> Trial:
         shape = shape_of(plan)
@@ -174,7 +192,7 @@ class TrialBench:
         )
 
     @contextmanager
-    def _forwards(self, plans: Sequence[Plan], *, built: bool) -> Iterator[list[Forward]]:
+    def _forwards(self, plans: Sequence[Plan], *, built: bool) -> Iterator[list[Forwards]]:
         if not built and not self._must_build(plans[0]):
             yield [_masked(self.router, plan) for plan in plans]
             return
@@ -193,14 +211,14 @@ class TrialBench:
             UnsupportedModelError: It does not fit, or brings code of its own.
         """
         size = self.table.bytes(shape_of(plan))
-        free = _free_memory()
-        if free is not None and size > MEMORY_SHARE * free:
+        free = free_memory()
+        if not self.router.streamed and free is not None and size > MEMORY_SHARE * free:
             raise UnsupportedModelError(
                 f"it must be built to be tried, which takes {size / 1e9:.2f} GB of the "
                 f"{free / 1e9:.2f} GB of memory that are free"
             )
         child = in_memory(self.router, plan)
-        unpack_if_faster(child.model)
+        run_fastest(child, self.router.cpu_experts)
         return child
 
     def _must_build(self, plan: Plan) -> bool:
@@ -215,44 +233,28 @@ def shape_of(plan: Plan) -> Shape:
     return Shape(plan.num_experts, plan.expert_width or plan.model.expert_width)
 
 
-def with_k(router: ExpertRouter, k: int) -> Forward:
-    """The forward with `k` experts per token: bit for bit that of a config that says `k`."""
-    if k == router.info.experts_per_token:
-        return router.forward
-
-    def forward(ids: Any, lengths: Sequence[int]) -> mx.array:
-        with router.override(k=k):
-            return router.forward(ids, lengths)
-
-    return forward
-
-
-def _masked(router: ExpertRouter, plan: Plan) -> Forward:
-    def forward(ids: Any, lengths: Sequence[int]) -> mx.array:
+def _masked(router: ExpertRouter, plan: Plan) -> Forwards:
+    def forwards(batches: Sequence[Batch], passed: Passed | None) -> Sequence[mx.array]:
         with simulated(router, plan):
-            return router.forward(ids, lengths)
+            return router.forwards(batches, passed)
 
-    return forward
+    return forwards
 
 
 class _Kept:
-    """A forward that answers a second time from memory."""
+    """Forwards that answer a second time from memory."""
 
-    def __init__(self, forward: Forward) -> None:
-        self._forward = forward
+    def __init__(self, forwards: Forwards) -> None:
+        self._forwards = forwards
         self._known: dict[tuple[Any, ...], mx.array] = {}
 
-    def __call__(self, ids: Any, lengths: Sequence[int]) -> mx.array:
-        key = (ids.shape, ids.tobytes())
-        if key not in self._known:
-            self._known[key] = self._forward(ids, lengths)
-            mx.eval(self._known[key])
-        return self._known[key]
+    def __call__(self, batches: Sequence[Batch], passed: Passed | None) -> list[mx.array]:
+        new = [batch for batch in batches if _key(batch) not in self._known]
+        for batch, logits in zip(new, self._forwards(new, passed) if new else [], strict=True):
+            mx.eval(logits)
+            self._known[_key(batch)] = logits
+        return [self._known[_key(batch)] for batch in batches]
 
 
-def _free_memory() -> int | None:
-    """Bytes; None where the system does not say."""
-    if mx.default_device() == mx.cpu:
-        return memory().available
-    most = mx.device_info().get("max_recommended_working_set_size")
-    return None if most is None else int(most) - mx.get_active_memory()
+def _key(batch: Batch) -> tuple[Any, ...]:
+    return batch.ids.shape, batch.ids.tobytes()

@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import numpy as np
 
 from moe_lens.compress.calibration.texts import draw_prompts
@@ -23,9 +22,9 @@ from moe_lens.compress.checkpoint.in_memory import in_memory
 from moe_lens.compress.plan.limits import Limits
 from moe_lens.compress.plan.plan import LayerPlan, Plan
 from moe_lens.compress.statistics.statistics import NOT_AN_EXPERT, Calibration, LayerStatistics
-from moe_lens.compress.telling import Progress
-from moe_lens.compress.tensors.unpacked import unpack_if_faster
-from moe_lens.compress.verification.losses import Comparison, Forward, compare
+from moe_lens.compress.tensors.unpacked import run_fastest
+from moe_lens.compress.verification.losses import Comparison, compare, with_k
+from moe_lens.telling import Progress
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
@@ -94,28 +93,22 @@ def choose_experts_per_token(
     if len(ks) == 1:
         return plan.with_experts_per_token(ks[0])
     drawn = draw_prompts(tokens, TOKENS, seed)
-    vocabulary = router.forward([[0]]).shape[-1]
     smaller = in_memory(
         router, plan.with_experts_per_token(ks[0]), trust_remote_code=trust_remote_code
     )
-    unpack_if_faster(smaller.model)
+    run_fastest(smaller, router.cpu_experts)
     compared = compare(
-        router.forward, [_with_k(smaller, k) for k in ks], drawn, vocabulary, progress
+        router.forwards,
+        [with_k(smaller, k) for k in ks],
+        drawn,
+        router.vocabulary,
+        progress,
+        wave_tokens=router.wave_tokens,
     )
     found = dict(zip(ks, compared, strict=True))
     best = min(ks, key=lambda k: (float(found[k].kl.mean()), k))
     evidence = _evidence(best, distinct, found, plan)
     return plan.with_experts_per_token(best, experts_per_token=evidence)
-
-
-def _with_k(router: ExpertRouter, k: int) -> Forward:
-    """The forward with `k` experts per token: bit for bit that of a config that says `k`."""
-
-    def forward(ids: Any, lengths: Sequence[int]) -> mx.array:
-        with router.override(k=k):
-            return router.forward(ids, lengths)
-
-    return forward
 
 
 def _evidence(

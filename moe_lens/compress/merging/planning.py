@@ -14,6 +14,7 @@ from moe_lens.compress.pruning.pruning import removed_per_group
 from moe_lens.compress.statistics.similarity import SCALE, Similarity, similarity
 from moe_lens.compress.statistics.statistics import Calibration
 from moe_lens.errors import MoeLensError, UsageError
+from moe_lens.telling import Progress
 
 from .grouping import LayerTree, layer_tree, threshold_for_share, uniform_count
 from .merging import BY_THRESHOLD, TO_A_NUMBER, WITHOUT_SAMPLE, Merging
@@ -46,6 +47,7 @@ def plan_merge(
     merging: Merging | None = None,
     samples: Sequence[LayerSample] | None = None,
     per_layer: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """Merge experts whose similarity reaches `threshold`, as far as all layers can follow.
 
@@ -64,6 +66,7 @@ def plan_merge(
         samples: What `layer_sample.sample_layers` kept, where `merging` needs it.
         per_layer: Each layer keeps the groups that it has alone; loading then needs trust (see
             `Plan.per_layer`).
+        progress: Called with layers planned and in all.
 
     Raises:
         UsageError: The threshold is out of range, `experts_per_token` is not possible, or
@@ -97,6 +100,7 @@ def plan_merge(
         settings={"threshold": threshold, **({"per_layer": True} if per_layer else {})},
         evidence=evidence,
         reached=reached,
+        progress=progress,
     )
 
 
@@ -107,6 +111,7 @@ def plan_merge_to(
     experts_per_token: int | None = None,
     merging: Merging | None = None,
     samples: Sequence[LayerSample] | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Merge the experts of each layer down to a given number, however alike they are.
 
@@ -118,6 +123,7 @@ def plan_merge_to(
         merging: Which experts come together and how they become one; None for
             `merging.TO_A_NUMBER`, or `merging.WITHOUT_SAMPLE` where there are no samples.
         samples: What `layer_sample.sample_layers` kept, where `merging` needs it.
+        progress: Called with layers planned and in all.
 
     Raises:
         UsageError: So many cannot stay, `experts_per_token` is not possible with them, or
@@ -140,6 +146,7 @@ def plan_merge_to(
         settings={"experts": num_experts},
         evidence=merge_evidence(similarities, trees, limits.group_for(experts_per_token or 1)),
         reached={},
+        progress=progress,
     )
 
 
@@ -159,6 +166,7 @@ def _plan(
     settings: dict[str, object],
     evidence: dict[str, object],
     reached: Mapping[int, int],
+    progress: Progress | None,
 ) -> Plan:
     """The plan that keeps, by layer, `per_group` experts of each router group."""
     model = calibration.model
@@ -180,6 +188,8 @@ def _plan(
         layers.append(
             LayerPlan(statistics.layer, groups, groups_reached=reached.get(statistics.layer))
         )
+        if progress is not None:
+            progress(len(layers), len(similarities))
     hardest = layers.index(hardest_layer(layers))
     tree = merge_tree(
         layers[hardest],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -89,6 +90,17 @@ def merged_groups(
         sample: What the layer reads, where channels are aligned or rows fitted.
         merging: Weights, alignment and router rows.
     """
+    with nullcontext() if sample is None else sample.layer.reading():
+        return _merged_groups(clusters, statistics, found, sample, merging)
+
+
+def _merged_groups(
+    clusters: Sequence[Cluster],
+    statistics: LayerStatistics,
+    found: Similarity,
+    sample: LayerSample | None,
+    merging: Merging,
+) -> tuple[ExpertGroup, ...]:
     shares = share_values(statistics, merging.weights)
     groups = []
     for cluster in clusters:

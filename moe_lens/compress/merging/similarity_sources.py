@@ -178,6 +178,11 @@ def gram_cosines(gram: Floats) -> Floats:
 
 def weight_gram(layer: MoELayer) -> Floats:
     """[E, E] inner products of all weight matrices of two experts, in chunks of 256 MiB."""
+    with layer.reading():
+        return _weight_gram(layer)
+
+
+def _weight_gram(layer: MoELayer) -> Floats:
     experts = layer.num_experts
     gram = np.zeros((experts, experts))
     every = [expert_modules(layer, expert) for expert in range(experts)]

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from moe_lens.compress.calibration.layer_sample import sample_layers
 from moe_lens.compress.plan.plan import Plan
 from moe_lens.compress.pruning.pruning import removed_per_group
+from moe_lens.compress.stages import CHOOSING_K, PLANNING, SAMPLING
 from moe_lens.compress.statistics.statistics import Calibration
-from moe_lens.compress.telling import StageProgress, of_stage
 from moe_lens.errors import UsageError
+from moe_lens.telling import StageProgress, begin
 
 from .experts_per_token import choose_experts_per_token
 from .merging import Merging
@@ -94,9 +95,8 @@ def merge_stage(
 
     samples = None
     if merging.needs_sample:
-        samples = sample_layers(
-            router, tokens, seed, of_stage(progress, "sampling layers"), router_inputs=True
-        )
+        samples = sample_layers(router, tokens, seed, begin(progress, SAMPLING), router_inputs=True)
+    planned = begin(progress, PLANNING)
     if threshold is not None:
         plan = plan_merge(
             statistics,
@@ -105,6 +105,7 @@ def merge_stage(
             merging=merging,
             samples=samples,
             per_layer=per_layer,
+            progress=planned,
         )
     else:
         model = statistics.model
@@ -115,6 +116,7 @@ def merge_stage(
             experts_per_token=experts_per_token,
             merging=merging,
             samples=samples,
+            progress=planned,
         )
     if experts_per_token is not None:
         return plan
@@ -125,5 +127,5 @@ def merge_stage(
         tokens,
         trust_remote_code=trust_remote_code,
         seed=seed,
-        progress=of_stage(progress, "choosing experts per token"),
+        progress=begin(progress, CHOOSING_K),
     )

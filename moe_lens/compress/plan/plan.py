@@ -87,6 +87,11 @@ class LayerPlan:
         """How many experts disappear by merging."""
         return sum(len(group.experts) - 1 for group in self.groups)
 
+    @property
+    def changes_experts(self) -> bool:
+        """Whether an expert gets weights that none of the parent's has."""
+        return self.channels is not None or any(group.merged for group in self.groups)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         plain: dict[str, Any] = {"layer": self.layer}
@@ -139,6 +144,11 @@ class Plan:
             return IMPORTANCE
         experts = DEFINITIONS.get(str(self.settings.get("method")), "")
         return experts if self.expert_width is None else f"{experts}; {IMPORTANCE}"
+
+    @property
+    def changes_experts(self) -> bool:
+        """Whether an expert gets weights that none of the parent's has."""
+        return any(layer.changes_experts for layer in self.layers)
 
     @property
     def counts(self) -> dict[int, int]:

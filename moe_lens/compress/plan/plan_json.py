@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from moe_lens.errors import UsageError
+from moe_lens.json_shape import NUMBER, fits
 
+from .evidence_json import check_evidence, check_settings
 from .group_json import check_orders, read_orders, read_router_row
 from .identity import CorpusIdentity, ModelIdentity
+from .identity_json import read_identity
 from .layer_counts import check_counts, check_equal
 from .plan import FORMAT, VERSION, ExpertGroup, LayerPlan, Plan
 from .ranges import read_ranges
@@ -37,9 +40,10 @@ def read_plan(source: str | Path | dict[str, Any]) -> Plan:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()  # NaN, half characters
     except FileNotFoundError as error:
         raise UsageError(f"there is no plan at {path}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read as a plan: {error}") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds no plan: it must be a JSON object")
@@ -59,6 +63,9 @@ def _plan(content: dict[str, Any]) -> Plan:
         raise UsageError(f'"kind" is {kind!r}; it must be "merge", "prune" or "channels"')
     model = _identity(ModelIdentity, _take(content, "model", dict, "plan"), "model")
     layers = _take(content, "layers", list, "plan")
+    settings, evidence = content.get("settings") or {}, content.get("evidence") or {}
+    check_settings(settings)
+    check_evidence(evidence, model.num_experts)
     plan = Plan(
         kind=kind,
         model=model,
@@ -66,8 +73,8 @@ def _plan(content: dict[str, Any]) -> Plan:
         num_experts=_integer(content, "num_experts", "plan"),
         experts_per_token=_integer(content, "experts_per_token", "plan"),
         layers=tuple(_layer(entry, n) for n, entry in enumerate(layers)),
-        settings=content.get("settings") or {},
-        evidence=content.get("evidence") or {},
+        settings=settings,
+        evidence=evidence,
         expert_width=_optional_integer(content, "expert_width", "plan"),
         per_layer=_flag(content, "per_layer"),
     )
@@ -77,9 +84,9 @@ def _plan(content: dict[str, Any]) -> Plan:
 
 def _identity(cls: Any, content: dict[str, Any], place: str) -> Any:
     try:
-        return cls(**content)
-    except TypeError as error:
-        raise UsageError(f'"{place}" of the plan is incomplete: {error}') from error
+        return read_identity(cls, content)
+    except ValueError as error:
+        raise UsageError(f'"{place}" of the plan {error}') from error
 
 
 def _layer(content: Any, number: int) -> LayerPlan:
@@ -89,11 +96,13 @@ def _layer(content: Any, number: int) -> LayerPlan:
     index = _integer(content, "layer", place)
     groups = _take(content, "groups", list, place)
     saliency = content.get("saliency")
+    if saliency is not None and not fits(saliency, [(NUMBER, type(None))]):
+        raise UsageError(f'{place} of the plan: "saliency" must be a list of numbers; take it out')
     return LayerPlan(
         layer=index,
         groups=tuple(_group(group, f"layer {index}, group {n}") for n, group in enumerate(groups)),
         removed=tuple(_ids(content.get("removed", []), f'layer {index}, "removed"')),
-        groups_reached=content.get("groups_reached"),
+        groups_reached=_optional_integer(content, "groups_reached", place),
         saliency=None if saliency is None else tuple(saliency),
         channels=None if "channels" not in content else _channels(content["channels"], index),
     )
@@ -124,6 +133,8 @@ def _group(content: Any, place: str) -> ExpertGroup:
     if not math.isclose(sum(numbers), 1.0, abs_tol=1e-6):
         raise UsageError(f'{place} of the plan: "weights" must add up to 1, not {sum(numbers):g}')
     evidence = ("similarity", "output_similarity", "activation_overlap")
+    if not all(fits(content.get(name), (NUMBER, type(None))) for name in evidence):
+        raise UsageError(f"{place} of the plan: its similarities must be numbers; take them out")
     return ExpertGroup(
         experts,
         numbers,
@@ -179,6 +190,7 @@ def validate(plan: Plan) -> None:
         raise UsageError("the plan names a layer twice")
     for layer in plan.layers:
         _check_experts(layer, model.num_experts)
+        _check_saliency(layer, model.num_experts)
         check_orders(layer, model.expert_width)
         check_equal(layer, plan)
         if model.group_count > 1:
@@ -205,11 +217,20 @@ def _check_experts(layer: LayerPlan, num_experts: int) -> None:
     twice = sorted({expert for expert in found if found.count(expert) > 1})
     if twice:
         raise UsageError(f"layer {layer.layer} of the plan names expert {twice[0]} twice")
-    missing = sorted(set(range(num_experts)) - set(found))
-    if missing:
+    if len(found) < num_experts:
+        known = set(found)
+        missing = next(expert for expert in itertools.count() if expert not in known)
         raise UsageError(
-            f"layer {layer.layer} of the plan says nothing about expert {missing[0]}; put it into "
+            f"layer {layer.layer} of the plan says nothing about expert {missing}; put it into "
             'a group or into "removed"'
+        )
+
+
+def _check_saliency(layer: LayerPlan, num_experts: int) -> None:
+    if layer.saliency is not None and len(layer.saliency) != num_experts:
+        raise UsageError(
+            f'layer {layer.layer} of the plan has {len(layer.saliency)} numbers in "saliency", not '
+            f"one for each of {num_experts} experts; take it out"
         )
 
 

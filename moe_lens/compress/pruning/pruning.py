@@ -29,6 +29,7 @@ from moe_lens.compress.statistics.statistics import Calibration
 from moe_lens.compress.statistics.super_experts import DEFINITION as SUPER_EXPERTS
 from moe_lens.compress.statistics.super_experts import super_experts
 from moe_lens.errors import UsageError
+from moe_lens.telling import Progress
 
 from .greedy import remove_greedily
 from .weight_shape import aimer
@@ -52,6 +53,7 @@ def plan_prune(
     seed: int = 0,
     router: ExpertRouter | None = None,
     samples: Sequence[LayerSample] | None = None,
+    progress: Progress | None = None,
 ) -> Plan:
     """Remove experts from each layer, least salient first.
 
@@ -70,6 +72,7 @@ def plan_prune(
         seed: Of ``random``.
         router: The model, which ``aimer`` reads.
         samples: What `layer_sample.sample_layers` kept, on which ``greedy`` judges.
+        progress: Called with layers planned and in all by ``greedy``; the others take no time.
 
     Raises:
         UsageError: Neither or both of `ratio` and `experts`, or one out of range: no expert goes,
@@ -85,8 +88,9 @@ def plan_prune(
     limits.check_k(k, num_experts)
     protected = super_experts(calibration.layers) if protect else {}
     _check_protected(model, fewer, protected)
-    layers = _greedy(calibration, fewer, k, protected, samples) if method == "greedy" else None
-    if layers is None:
+    if method == "greedy":
+        layers = _greedy(calibration, fewer, k, protected, samples, progress)
+    else:
         values = _saliencies(calibration, method, blend, seed, router)
         layers = [
             _prune_layer(each.layer, values[each.layer], model, fewer, protected)
@@ -243,6 +247,7 @@ def _greedy(
     k: int,
     protected: Protected,
     samples: Sequence[LayerSample] | None,
+    progress: Progress | None,
 ) -> list[LayerPlan]:
     if samples is None:
         raise UsageError("greedy judges by what the layers read; give it `sample_layers(...)`")
@@ -252,6 +257,8 @@ def _greedy(
         layer = sample.layer.index
         removal = remove_greedily(sample, quotas, k=k, protected=protected.get(layer, ()))
         found[layer] = _layer_plan(layer, set(removal.order), removal.values)
+        if progress is not None:
+            progress(len(found), len(samples))
     return [found[each.layer] for each in calibration.layers]
 
 

@@ -23,10 +23,12 @@ def aimer(layers: Sequence[MoELayer]) -> dict[int, NDArray[np.float64]]:
     Biases and quantisation scales are no weights. A packed matrix is unpacked for one expert at a
     time; memory is one matrix of one expert in float32. An expert of zeros has saliency 0.
     """
-    return {
-        layer.index: np.array([_score(layer, expert) for expert in range(layer.num_experts)])
-        for layer in layers
-    }
+    found = {}
+    for layer in layers:
+        with layer.reading():
+            scores = [_score(layer, expert) for expert in range(layer.num_experts)]
+        found[layer.index] = np.array(scores)
+    return found
 
 
 def _score(layer: MoELayer, expert: int) -> float:

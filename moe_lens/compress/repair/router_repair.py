@@ -18,10 +18,11 @@ import mlx.core as mx
 from moe_lens.compress.choice.trials import Trial, TrialBench, lead
 from moe_lens.compress.plan.plan import LayerPlan, Plan
 from moe_lens.compress.plan.router_row import RouterRow
-from moe_lens.compress.telling import Progress
 from moe_lens.compress.tensors.unpacked import unpack
 from moe_lens.compress.verification.bootstrap import Measure
 from moe_lens.errors import UsageError
+from moe_lens.families import STOCK
+from moe_lens.telling import Progress
 
 from .router_training import LEARNING_RATE, train, trained_rows
 
@@ -105,6 +106,7 @@ def repair_router(
     if steps < 1:
         raise UsageError(f"the router cannot be repaired in {steps} steps; give at least 1")
     child = bench.build(plan)
+    child.cpu_experts = STOCK  # MLX cannot follow gradients through NumPy
     unpack(child.model, [layer.router for layer in child.layers])
     train(bench.router.forward, child, tokens, steps=steps, seed=seed, progress=progress)
     rows = {layer.index: trained_rows(layer) for layer in child.layers}

@@ -18,12 +18,13 @@ from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 from numpy.typing import NDArray
 
 from moe_lens.compress.plan.router_row import RouterRow
-from moe_lens.compress.telling import Progress
 from moe_lens.compress.tensors.unpacked import unpack
-from moe_lens.compress.verification.losses import Forward, log_softmax
+from moe_lens.compress.verification.losses import log_softmax
+from moe_lens.compress.verification.reading_cost import Forward
 from moe_lens.corpus.batches import pad
 from moe_lens.errors import UnsupportedModelError, UsageError
 from moe_lens.families import MoELayer
+from moe_lens.telling import Progress
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
@@ -191,6 +192,8 @@ def check_trainable(router: ExpertRouter) -> None:
         UnsupportedModelError: MLX gives no gradients for them here; the message has the reason.
     """
     reason = _reason(router.layers)
+    if router.streamed:
+        reason = "a backward pass needs all layers in memory, and this model is read layer by layer"
     if reason is not None:
         raise UnsupportedModelError(
             f"the router of {router.name} cannot be repaired: {reason}; leave --repair-router out"
@@ -199,7 +202,7 @@ def check_trainable(router: ExpertRouter) -> None:
     known = {id(module) for module in routers}
     packed = [(name, each) for name, each in model.named_modules() if id(each) in known]
     ids = np.arange(1, 1 + _TRIED_TOKENS, dtype=np.int32)[None]
-    vocabulary = router.forward(ids[:, :1]).shape[-1]
+    vocabulary = router.vocabulary
     unpack(model, routers)
     try:
         _freeze_all_but_routers(router)

@@ -29,6 +29,9 @@ _TAGS = {
     "channels": ("narrowed-experts",),
 }
 
+_LIBRARIES = {"mlx": "mlx", "hf": "transformers"}
+"""What the hub offers for a model, by the layout of its weights."""
+
 _KEPT = ("language", "license", "license_name", "license_link", "pipeline_tag")
 
 
@@ -39,9 +42,11 @@ def write_card(
     commands: Commands,
     verification: Verification | None = None,
     pictures: Sequence[Picture] = (),
+    *,
+    layout: str = "mlx",
 ) -> None:
     """Write the model card; without a verification it says that nothing was measured."""
-    data = _front_matter(parent, plan)
+    data = _front_matter(parent, plan, layout)
     tried = [each for each in pictures if each.file.endswith("/methods.png")]
     drawn = [each for each in pictures if each not in tried]
     text = "\n\n".join(
@@ -50,6 +55,7 @@ def write_card(
             _made_from(plan),
             "## What was done",
             _what(parent, plan),
+            *_unread(parent, layout),
             *map(_shown, drawn),
             markdown(*plan_rows(plan)),
             *_pairs(plan),
@@ -57,7 +63,7 @@ def write_card(
             "## What it cost",
             *_cost(verification),
             "## How to load it",
-            _loading(plan),
+            _loading(plan, layout),
             "## How to make it again",
             *_again(plan, commands),
         ]
@@ -66,7 +72,7 @@ def write_card(
     (folder / "README.md").write_text(content, encoding="utf-8")
 
 
-def _front_matter(parent: Parent, plan: Plan) -> ModelCardData:
+def _front_matter(parent: Parent, plan: Plan, layout: str) -> ModelCardData:
     kept: dict[str, Any] = {}
     card = parent.path / "README.md"
     if card.is_file():
@@ -78,7 +84,7 @@ def _front_matter(parent: Parent, plan: Plan) -> ModelCardData:
         if tag not in tags:
             tags.append(tag)
     kept.setdefault("pipeline_tag", "text-generation")
-    return ModelCardData(library_name="mlx", tags=tags, **kept)
+    return ModelCardData(library_name=_LIBRARIES[layout], tags=tags, **kept)
 
 
 def _metadata(card: Path) -> dict[str, Any]:
@@ -178,6 +184,12 @@ def _what(parent: Parent, plan: Plan) -> str:
     return text.strip()
 
 
+def _unread(parent: Parent, layout: str) -> list[str]:
+    """What the parent's files hold besides the language model."""
+    notes = parent.unread.notes(layout)
+    return ["\n".join(f"- {note[0].upper()}{note[1:]}." for note in notes)] if notes else []
+
+
 def _choice(plan: Plan, tried: Sequence[Picture]) -> list[str]:
     """All methods that were tried for this size."""
     choice = plan.evidence.get("choice")
@@ -221,8 +233,17 @@ def _cost(verification: Verification | None) -> list[str]:
     ]
 
 
-def _loading(plan: Plan) -> str:
+def _loading(plan: Plan, layout: str) -> str:
     argument, why = "", ""
+    if layout == "hf":
+        why = (
+            "\n\nNames and tensors are those of Hugging Face transformers:\n\n"
+            "```python\n"
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+            "```"
+        )
     if plan.per_layer:
         argument = ", trust_remote_code=True"
         why = (

@@ -14,6 +14,7 @@ from moe_lens.compress.merging.merging import Merging
 from moe_lens.compress.plan.identity import public_name
 from moe_lens.compress.plan.plan import Plan
 from moe_lens.corpus import Corpus
+from moe_lens.families import AUTO
 
 _OWN_NAMES = {"repair_steps": "repair-router"}
 """Fields of `Asked` whose option has another name."""
@@ -64,6 +65,7 @@ class Texts:
     sequence_length: int | None
     chat_template: bool
     seed: int
+    cpu_experts: str = AUTO
 
     def words(self, defaults: Mapping[str, Any], *given: tuple[str, Any]) -> list[str] | None:
         """Options for what is not the default; None where an option cannot say it."""
@@ -75,7 +77,7 @@ class Texts:
                 return None
             if text is not None:
                 found += [option, public_name(text)]
-        for name in ("sample_size", "sequence_length", "seed"):
+        for name in ("sample_size", "sequence_length", "seed", "cpu_experts"):
             if getattr(self, name) != defaults[name]:
                 found += [_option(name), str(getattr(self, name))]
         return [*found, "--chat-template"] if self.chat_template else found
@@ -88,6 +90,7 @@ def commands(
     texts: Texts | None = None,
     defaults: Mapping[str, Any] | None = None,
     *,
+    format: str = "mlx",
     trust_remote_code: bool = False,
 ) -> Commands:
     """The commands for a smaller model.
@@ -101,6 +104,7 @@ def commands(
         asked: What was asked for; None where the command line cannot say it.
         texts: The texts and how they were read; None where nothing was measured.
         defaults: Of the arguments of `compress`; what equals them is left out.
+        format: Of the model.
         trust_remote_code: Whether the parent brings code.
     """
     parent, again = plan.model.name, f"{output}-again"
@@ -111,12 +115,13 @@ def commands(
         measured = texts.words(defaults, ("--eval-data", texts.evaluation))
         given = ("--data", texts.calibration), ("--eval-data", texts.evaluation)
         read = texts.words(defaults, *given)
+    made = trust if format == "mlx" else [*trust, "--format", format]
     start = ("moe-lens", "compress", parent)
     # With both texts: one that calibrated would be refused for measuring.
-    apply = (*start, "--plan", "plan.json", *(read or ()), *trust, "--output", f"../{again}")
+    apply = (*start, "--plan", "plan.json", *(read or ()), *made, "--output", f"../{again}")
     anew = None
     if read is not None and asked is not None and asked.plan is None:
-        anew = (*start, *_asked(asked), *read, *trust, "--output", again)
+        anew = (*start, *_asked(asked), *read, *made, "--output", again)
     # Unequal layers are read by code in the smaller model.
     both = ["--trust-remote-code"] if plan.per_layer else trust
     verify = None if measured is None else ("moe-lens", "verify", parent, ".", *measured, *both)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from moe_lens.compress.plan.plan import Plan
+from moe_lens.compress.verification.use import Use
 from moe_lens.compress.verification.verification import Loss, Verification
 
 Row = tuple[str, ...]
@@ -105,7 +106,7 @@ def _loss_row(name: str, loss: Loss) -> Row:
 def size_rows(verification: Verification) -> tuple[Row, list[Row]]:
     """Bytes, parameters, memory and speed, before and after."""
     before, after = verification.size_before, verification.size_after
-    memory, read, written = verification.memory, verification.reading, verification.writing
+    use = verification.use
     return ("", "before", "after", "ratio"), [
         (
             "MB",
@@ -119,6 +120,13 @@ def size_rows(verification: Verification) -> tuple[Row, list[Row]]:
             f"{after.parameters:,}",
             f"{after.parameters / before.parameters:.3f}",
         ),
+        *([] if use is None else _use_rows(use)),
+    ]
+
+
+def _use_rows(use: Use) -> list[Row]:
+    memory, read, written = use.memory, use.reading, use.writing
+    return [
         (
             "peak memory, MB",
             f"{memory.before / 1e6:.2f}",
@@ -152,11 +160,18 @@ def drift_rows(verification: Verification) -> tuple[Row, list[Row]]:
 
 def check_lines(verification: Verification) -> list[str]:
     """What else was found, in sentences: repetition, the stock load, what could not be given."""
-    text, stock = verification.repetition, verification.stock_load
-    lines = [
-        f"Repeated 4-grams in {text.prompts} greedy continuations: {text.before} before, "
-        f"{text.after} after, change {text.change}"
-    ]
+    use, stock = verification.use, verification.stock_load
+    if use is None:
+        lines = [
+            "Speed, memory and repetition are not measured: a model was streamed, its weights "
+            "read layer by layer; verify it on a machine that holds it"
+        ]
+    else:
+        text = use.repetition
+        lines = [
+            f"Repeated 4-grams in {text.prompts} greedy continuations: {text.before} before, "
+            f"{text.after} after, change {text.change}"
+        ]
     if verification.drift.reason is not None:
         lines.append(f"Routing drift is not given: {verification.drift.reason}")
     if stock is None:

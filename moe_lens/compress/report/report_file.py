@@ -13,6 +13,7 @@ from moe_lens.compress.plan.json_text import dump
 from moe_lens.compress.plan.plan import Plan
 from moe_lens.compress.tensors.parent import Parent
 from moe_lens.compress.verification.verification import Verification
+from moe_lens.timing import Timing
 
 from .card import write_card
 from .commands import Commands
@@ -31,8 +32,8 @@ _CALIBRATION = (
 )
 """What a plan's evidence says about the calibration, and not about the plan."""
 
-_READING = ("sample_size", "chat_template")
-"""Settings of a plan that say how the text was read."""
+_READING = ("sample_size", "chat_template", "cpu_experts")
+"""Settings of a plan that say how the text was read, and the model computed."""
 
 _TO_APPLY = ("orders", "router_row")
 """What only the application of a plan needs, large, and only in plan.json."""
@@ -45,6 +46,10 @@ def write_report(
     commands: Commands,
     verification: Verification | None = None,
     notes: Sequence[str] = (),
+    timing: Timing | None = None,
+    request: str | None = None,
+    *,
+    layout: str = "mlx",
 ) -> None:
     """Write report.json, the model card and the pictures into the folder of a smaller model.
 
@@ -52,9 +57,9 @@ def write_report(
         MoeLensError: A picture cannot be written.
     """
     pictures = write_pictures(plan, folder)
-    content = report(plan, commands, verification, pictures, notes)
+    content = report(plan, commands, verification, pictures, notes, timing, request, layout=layout)
     (folder / FILE).write_text(dump(content), encoding="utf-8")
-    write_card(folder, parent, plan, commands, verification, pictures)
+    write_card(folder, parent, plan, commands, verification, pictures, layout=layout)
 
 
 def report(
@@ -63,6 +68,10 @@ def report(
     verification: Verification | None = None,
     pictures: Sequence[Picture] = (),
     notes: Sequence[str] = (),
+    timing: Timing | None = None,
+    request: str | None = None,
+    *,
+    layout: str = "mlx",
 ) -> dict[str, Any]:
     """All that is known about a smaller model, as plain values for JSON.
 
@@ -75,12 +84,17 @@ def report(
         verification: What it lost; None where nothing was measured.
         pictures: That lie beside it.
         notes: What was said while it was made.
+        timing: Where the time went until now.
+        request: Hash of all that decides a byte of the model, which another run can be compared by.
+        layout: Of the weights: that of ``mlx`` or ``hf``.
     """
     return {
         "format": FORMAT,
         "version": VERSION,
         "summary": plan.summary(),
         "made_by": {"moe-lens": __version__, **_versions("mlx", "mlx-lm")},
+        "layout": layout,
+        "request": request,
         "commands": commands.to_dict(),
         "parent": plan.model.to_dict(),
         "calibration": _calibration(plan),
@@ -89,6 +103,7 @@ def report(
         "verification": None if verification is None else verification.to_dict(),
         "pictures": [each.to_dict() for each in pictures],
         "notes": list(notes),
+        "timing": None if timing is None else timing.to_dict(),
     }
 
 

@@ -156,9 +156,9 @@ def _compare_chunk(
 
 def _directions(outputs: NDArray[np.float32]) -> NDArray[np.float32]:
     """Unit vectors; an output of zero gets a direction of its own, equal to other zeros only."""
-    norms = np.linalg.norm(outputs, axis=-1, keepdims=True)
-    directions = np.divide(outputs, norms, out=np.zeros_like(outputs), where=norms > 0)
+    norms = np.sqrt(np.vecdot(outputs, outputs))[..., None]
     if (norms > 0).all():
-        return directions
+        return outputs / norms
+    directions = np.divide(outputs, norms, out=np.zeros_like(outputs), where=norms > 0)
     silent = (norms == 0).astype(outputs.dtype)
     return np.concatenate([directions, silent], axis=-1)

@@ -150,6 +150,8 @@ class Collected:
     chat_template: bool = False
     stop_at: float | None = None
     """The rank stability at which reading stopped, if it was allowed to."""
+    cpu_experts: str = "stock"
+    """How the experts were computed: `RoutedModel.cpu_experts`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

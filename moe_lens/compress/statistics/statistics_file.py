@@ -7,32 +7,41 @@ the file can run code.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
-
-from moe_lens.atomic import write_bytes
 from moe_lens.compress.plan.identity import CorpusIdentity, ModelIdentity
+from moe_lens.compress.plan.identity_json import read_identity
 from moe_lens.errors import MoeLensError, UsageError
+from moe_lens.json_shape import NUMBER, fits
 
+from .array_file import Arrays, Kind, read_arrays, write_arrays
+from .checked_layers import wrong_layers
 from .routed_sums import RoutedSums
 from .statistics import Calibration, Collected, LayerStatistics
 
-FORMAT = "moe-lens calibration"
-VERSION = 1
+KIND = Kind("moe-lens calibration", 2, "the statistics", "delete it and calibrate again")
+
+_CONTENT: dict[str, Any] = {
+    "model": {},
+    "corpus": {},
+    "collected": {
+        "similarity": bool,
+        "similarity_tokens": int,
+        "mean_outputs": bool,
+        "chat_template": bool,
+        "stop_at": (NUMBER, type(None)),
+        "cpu_experts": str,
+    },
+    "layers": list,
+}
 
 _LAYER = ("together", "cosine_sums", "cosine_counts", "sampled_ids")
 _ASKED = ("sampled_output_sums", "logit_gram")
 _SUMS = tuple(field.name for field in fields(RoutedSums) if field.name != "tokens")
 _HALVES = "halves"
-
-Tensors = dict[str, NDArray[Any]]
 
 
 def save_statistics(calibration: Calibration, path: Path) -> None:
@@ -42,18 +51,30 @@ def save_statistics(calibration: Calibration, path: Path) -> None:
         UsageError: The folder is not there, or may not be written.
         MoeLensError: The disk refuses.
     """
-    tensors: Tensors = {}
+    parts, arrays = layers_as_arrays(calibration.layers)
+    content = {
+        "model": calibration.model.to_dict(),
+        "corpus": calibration.corpus.to_dict(),
+        "collected": calibration.collected.to_dict(),
+        "layers": parts,
+    }
+    write_arrays(path, KIND, content, arrays)
+
+
+def layers_as_arrays(layers: Iterable[LayerStatistics]) -> tuple[list[dict[str, Any]], Arrays]:
+    """The plain values of each layer, and all arrays by names that no two layers share."""
+    arrays: Arrays = {}
     parts: list[dict[str, Any]] = []
-    for each in calibration.layers:
+    for each in layers:
         place = f"layers.{each.layer}"
         for name in (*_LAYER, *_ASKED):
             value = getattr(each, name)
             if value is not None:
-                tensors[f"{place}.{name}"] = value
+                arrays[f"{place}.{name}"] = value
         for number, sums in enumerate(each.labels.values()):
-            tensors |= _tensors(sums, f"{place}.labels.{number}")
+            arrays |= _arrays(sums, f"{place}.labels.{number}")
         for number, sums in enumerate(each.halves or ()):
-            tensors |= _tensors(sums, f"{place}.{_HALVES}.{number}")
+            arrays |= _arrays(sums, f"{place}.{_HALVES}.{number}")
         parts.append(
             {
                 "layer": each.layer,
@@ -61,19 +82,10 @@ def save_statistics(calibration: Calibration, path: Path) -> None:
                 _HALVES: None if each.halves is None else [sums.tokens for sums in each.halves],
             }
         )
-    header = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": calibration.model.to_dict(),
-        "corpus": calibration.corpus.to_dict(),
-        "collected": calibration.collected.to_dict(),
-        "layers": parts,
-    }
-    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    write_bytes(path, save(tensors, metadata={"calibration": json.dumps(header)}))
+    return parts, arrays
 
 
-def _tensors(sums: RoutedSums, place: str) -> Tensors:
+def _arrays(sums: RoutedSums, place: str) -> Arrays:
     found = {f"{place}.{name}": getattr(sums, name) for name in _SUMS}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -87,44 +99,44 @@ def load_statistics(path: Path) -> Calibration:
     """
     if not path.is_file():
         raise UsageError(f"there are no statistics at {path}; calibrate first")
+    content, arrays = read_arrays(path, KIND)
+    for part, shape in _CONTENT.items():
+        if not fits(content.get(part), shape):
+            raise _incomplete(path, f'"{part}" is missing or of the wrong kind')
     try:
-        with safe_open(path, framework="numpy") as file:
-            header = json.loads((file.metadata() or {}).get("calibration", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise MoeLensError(f"{path} is damaged ({error}); delete it and calibrate again") from error
-    if header.get("format") != FORMAT:
-        raise MoeLensError(f"{path} holds no calibration of moe-lens; give another --statistics")
-    if header.get("version") != VERSION:
-        raise MoeLensError(
-            f"the statistics {path} have version {header.get('version')}, this moe-lens reads "
-            f"{VERSION}; delete the file and calibrate again"
-        )
-    try:
-        return Calibration(
-            model=ModelIdentity(**header["model"]),
-            corpus=CorpusIdentity(**header["corpus"]),
-            layers=tuple(_layer(part, tensors) for part in header["layers"]),
-            collected=Collected(**header["collected"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise MoeLensError(
-            f"{path} is incomplete ({error}); delete it and calibrate again"
-        ) from error
+        model = read_identity(ModelIdentity, content["model"])
+        corpus = read_identity(CorpusIdentity, content["corpus"])
+        collected = Collected(**content["collected"])
+    except (ValueError, TypeError) as error:
+        raise _incomplete(path, f"it {error}") from error
+    parts = content["layers"]
+    wrong = wrong_layers(parts, arrays, model.num_experts, model.router_width)
+    if wrong is not None:
+        raise _incomplete(path, wrong)
+    return Calibration(model, corpus, layers_from_arrays(parts, arrays), collected)
 
 
-def _layer(part: dict[str, Any], tensors: Tensors) -> LayerStatistics:
+def _incomplete(path: Path, reason: str) -> MoeLensError:
+    return MoeLensError(f"{path} cannot be used ({reason}); {KIND.remedy}")
+
+
+def layers_from_arrays(parts: list[dict[str, Any]], arrays: Arrays) -> tuple[LayerStatistics, ...]:
+    """What `layers_as_arrays` took apart; LookupError, TypeError or AttributeError if not all."""
+    return tuple(_layer(part, arrays) for part in parts)
+
+
+def _layer(part: dict[str, Any], arrays: Arrays) -> LayerStatistics:
     place = f"layers.{part['layer']}"
-    held: dict[str, Any] = {name: tensors[f"{place}.{name}"] for name in _LAYER}
-    held |= {name: tensors.get(f"{place}.{name}") for name in _ASKED}
+    held: dict[str, Any] = {name: arrays[f"{place}.{name}"] for name in _LAYER}
+    held |= {name: arrays.get(f"{place}.{name}") for name in _ASKED}
     halves = [
-        _sums(size, f"{place}.{_HALVES}.{number}", tensors)
+        _sums(size, f"{place}.{_HALVES}.{number}", arrays)
         for number, size in enumerate(part[_HALVES] or ())
     ]
     return LayerStatistics(
         layer=part["layer"],
         labels={
-            label: _sums(size, f"{place}.labels.{number}", tensors)
+            label: _sums(size, f"{place}.labels.{number}", arrays)
             for number, (label, size) in enumerate(part["labels"].items())
         },
         halves=(halves[0], halves[1]) if halves else None,
@@ -132,10 +144,10 @@ def _layer(part: dict[str, Any], tensors: Tensors) -> LayerStatistics:
     )
 
 
-def _sums(size: int, place: str, tensors: Tensors) -> RoutedSums:
+def _sums(size: int, place: str, arrays: Arrays) -> RoutedSums:
     asked = "output_sums"
-    found: dict[str, Any] = {name: tensors[f"{place}.{name}"] for name in _SUMS if name != asked}
-    return RoutedSums(tokens=size, **found, output_sums=tensors.get(f"{place}.{asked}"))
+    found: dict[str, Any] = {name: arrays[f"{place}.{name}"] for name in _SUMS if name != asked}
+    return RoutedSums(tokens=size, **found, output_sums=arrays.get(f"{place}.{asked}"))
 
 
 def check_reusable(
@@ -177,8 +189,8 @@ def check_reusable(
         "seed": found.corpus.seed,
     }
     here: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed}
-    there |= {"chat_template": found.collected.chat_template, "stop_at": found.collected.stop_at}
-    here |= {"chat_template": asked.chat_template, "stop_at": asked.stop_at}
+    for name in ("chat_template", "stop_at", "cpu_experts"):
+        there[name], here[name] = getattr(found.collected, name), getattr(asked, name)
     other = next((name for name in here if here[name] != there[name]), None)
     if other is not None:
         option = "--" + other.replace("_", "-")

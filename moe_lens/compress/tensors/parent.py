@@ -15,6 +15,7 @@ from moe_lens.loading import load
 
 from .quantisation import Quantisation
 from .size import Size
+from .unread import Unread, find_unread
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Parent:
     experts_key: str
     k_key: str
     size: Size
+    unread: Unread
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: Any, config: dict[str, Any], path: Path) -> Parent:
@@ -93,6 +95,7 @@ class Parent:
             experts_key=layers[0].family.experts_key,
             k_key=layers[0].family.k_key,
             size=Size.of(model),
+            unread=find_unread(model, path),
         )
 
     def down_quantisations(self) -> dict[str, Quantisation]:

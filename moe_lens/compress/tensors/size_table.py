@@ -54,19 +54,27 @@ class SizeTable:
     """For every layer what one expert of full width takes, its router rows included."""
 
     @classmethod
-    def of(cls, parent: Parent) -> SizeTable:
-        """Count the tensors of an opened checkpoint."""
+    def of(cls, parent: Parent, *, named_apart: bool = False) -> SizeTable:
+        """Count the tensors of an opened checkpoint.
+
+        Args:
+            parent: Nothing of it is read.
+            named_apart: Every expert is written under names of its own, which take room as well.
+        """
         arrays: dict[str, mx.array] = dict(tree_flatten(parent.model.parameters()))
         experts = {name: layer for layer in parent.layers for name in layer.experts}
         routers = {name: layer for layer in parent.layers for name in layer.routers}
         width = parent.layers[0].width
         count = _num_experts(parent.layers[0], arrays)
-        fixed, each, channel = 0, Fraction(0), Fraction(0)
+        fixed, each, channel = parent.unread.carried_bytes, Fraction(0), Fraction(0)
         layers: dict[int, Fraction] = defaultdict(Fraction)
         scales: dict[Quantisation, Fraction] = defaultdict(Fraction)
-        for name, value in arrays.items():
+        for name in (*arrays, *(tower.name for tower in parent.unread.towers)):
             fixed += _HEADER_BYTES + 2 * len(name)
+        for name, value in arrays.items():
             if name in experts:
+                if named_apart:
+                    each += _HEADER_BYTES + 2 * len(name)
                 share = Fraction(value.nbytes, count)
                 layers[experts[name].layer] += share
                 packed = _grouped_by_channels(name, experts[name], parent)

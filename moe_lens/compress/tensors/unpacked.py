@@ -1,9 +1,10 @@
-"""A quantised model computed from unpacked weights, where that is many times faster.
+"""A model as it runs fastest here: packed weights unpacked, experts computed by segment.
 
 MLX's CPU backend multiplies packed weights one by one: on the bundled model a forward takes seven
-times as long as with the same weights in float32. Every number is the same up to the order of
-sums, so plans are tried on unpacked weights there. A GPU multiplies packed weights fast, and
-unpacking would only take memory.
+times as long as with the same weights in float32. It multiplies the weights of experts row by row,
+packed or not, which takes several times as long as by segment (`RoutedModel.cpu_experts`). Every
+number is the same up to the order of sums. A GPU does both fast, and unpacking would only take
+memory.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-from moe_lens.loading import compute_in_float32, load
+from moe_lens.families import AUTO, STOCK, decide
 from moe_lens.machine.facts import memory
 
 from .quantisation import Quantisation
-from .size import Size
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
@@ -29,30 +29,42 @@ MEMORY_SHARE = 0.25
 """Of the available memory that the unpacked weights of one model may take."""
 
 
-def unpacked(router: ExpertRouter) -> ExpertRouter:
-    """A copy of `router` that computes from float32 weights; itself where that is not faster.
+def fastest(router: ExpertRouter, cpu_experts: str = AUTO) -> ExpertRouter:
+    """A copy of `router` that runs as fast as it can here; itself where it does already.
 
-    It is itself on a GPU, where nothing is quantised, where the copy would not fit into a quarter
-    of the available memory, and where the model is not from a folder that can be read again.
+    What is not unpacked is shared with `router`, which stays as it is.
+
+    Args:
+        router: The model.
+        cpu_experts: How its experts are computed: ``stock``, ``segmented``, or ``auto``.
+
+    Raises:
+        UsageError: ``segmented`` on a GPU.
     """
-    if router.path is None or not _worth_it(router.model):
+    how = decide(cpu_experts)
+    if how == router.cpu_experts and not _packed(router.model, _worth_unpacking(router)):
         return router
-    model, tokenizer, config, path = load(
-        router.path, trust_remote_code=bool(router.config.get("model_file"))
-    )
-    compute_in_float32(model)
-    unpack(model)
-    return type(router)(model, tokenizer, config, name=router.name, path=path)
+    copy = router.twin()
+    run_fastest(copy, how)
+    return copy
 
 
-def unpack_if_faster(model: nn.Module) -> None:
-    """Unpack the weights of a model in place, where that makes it faster and they fit."""
-    if _worth_it(model):
-        unpack(model)
+def run_fastest(router: ExpertRouter, how: str) -> None:
+    """Make `router` itself run as fast as it can here, with its experts computed as `how` says.
+
+    The layers of a model that is streamed are unpacked when they are read.
+    """
+    router.cpu_experts = STOCK
+    kinds = _worth_unpacking(router)
+    if _packed(router.model, kinds):
+        router.change_modules(lambda model: unpack(model, _packed(model, kinds)))
+        if not router.streamed:
+            mx.eval(router.model.parameters())
+    router.cpu_experts = how
 
 
 def unpack(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
-    """Replace quantised modules by plain ones with the same weights in float32, in place.
+    """Replace quantised modules by plain ones with the same weights in float32, in place, lazily.
 
     Modules that scale all of a weight by one more number, and kinds that mlx-lm has for single
     architectures, stay packed.
@@ -69,19 +81,45 @@ def unpack(model: nn.Module, only: Collection[nn.Module] | None = None) -> None:
     ]
     if plain:
         model.update_modules(tree_unflatten(plain))
-        mx.eval(model.parameters())
 
 
-def _worth_it(model: nn.Module) -> bool:
-    if mx.default_device() != mx.cpu:
-        return False
-    if not any(isinstance(each, _PACKED) for _, each in model.named_modules()):
-        return False
+def _worth_unpacking(router: ExpertRouter) -> tuple[type, ...]:
+    """The kinds of packed modules that run faster unpacked, as far as they fit.
+
+    All of them, or all but the experts, which may be many times larger.
+    """
     available = memory().available
-    return available is not None and 4 * Size.of(model).parameters < MEMORY_SHARE * available
+    if mx.default_device() != mx.cpu or available is None:
+        return ()
+    for kinds in (_PACKED, tuple(kind for kind in _PACKED if kind is not QuantizedSwitchLinear)):
+        if _unpacked_bytes(router, kinds) < MEMORY_SHARE * available:
+            return kinds
+    return ()
+
+
+def _packed(model: nn.Module, kinds: tuple[type, ...]) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def _unpacked_bytes(router: ExpertRouter, kinds: tuple[type, ...]) -> int:
+    """What these modules take unpacked; of a streamed model one layer is there at a time."""
+
+    def size(model: nn.Module) -> int:
+        return sum(4 * each.scales.size * each.group_size for each in _packed(model, kinds))
+
+    total = size(router.model)
+    if not router.streamed:
+        return total
+    layers = [size(layer) for layer in router.model.layers]
+    return total - sum(layers) + max(layers)
 
 
 _PACKED = (nn.QuantizedLinear, nn.QuantizedEmbedding, QuantizedSwitchLinear)
+
+
+def packed_modules(model: nn.Module) -> int:
+    """How many modules compute from packed weights, which decides how numbers are rounded."""
+    return sum(isinstance(module, _PACKED) for module in model.modules())
 
 
 def _plain(module: nn.Module) -> nn.Module | None:

@@ -7,17 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.compress.telling import Progress
 from moe_lens.corpus.batches import pad, plan_batches
+from moe_lens.streaming import Batch, Passed, plan_waves
+from moe_lens.telling import Progress
 
-Forward = Callable[[Any, Sequence[int]], mx.array]
-"""(token ids [B, L], lengths [B]) -> logits [B, L, vocab]."""
+if TYPE_CHECKING:
+    from moe_lens.routed_model import RoutedModel
+
+Forwards = Callable[[Sequence[Batch], Passed | None], Sequence[mx.array]]
+"""Batches -> the logits [B, L, vocab] of each; see `RoutedModel.forwards`."""
 
 
 AfterBatch = Callable[[Sequence[int], Sequence[int]], None]
@@ -47,30 +52,68 @@ class Comparison:
 
 
 def compare(
-    before: Forward,
-    afters: Sequence[Forward],
+    before: Forwards,
+    afters: Sequence[Forwards],
     tokens: Sequence[Sequence[int]],
     vocabulary: int,
     progress: Progress | None = None,
     after_batch: AfterBatch | None = None,
+    *,
+    wave_tokens: int = 0,
 ) -> list[Comparison]:
-    """Run all models on the same batches; compare each of `afters` with `before`."""
+    """Run all models on the same batches; compare each of `afters` with `before`.
+
+    Args:
+        before: The parent.
+        afters: Smaller models, or the parent under changes.
+        tokens: The prompts.
+        vocabulary: The number of logits.
+        progress: Called with tokens done and in all.
+        after_batch: Called when all models have run a batch.
+        wave_tokens: Tokens that a model should get in one call; `RoutedModel.wave_tokens` of the
+            one that takes most, so that a streamed one reads its weights once for them.
+    """
     models = [before, *afters]
     parts: list[list[tuple[NDArray, ...]]] = [[] for _ in afters]
-    done, total = 0, sum(map(len, tokens))
-    for batch, ids, lengths in batches(tokens, vocabulary):
-        logits = []
-        for model in models:
-            logits.append(model(ids, lengths))
-            mx.eval(logits[-1])
-        for which, part in enumerate(parts, start=1):
-            part += _compare_batch(logits[0], logits[which], batch, ids, lengths)
-        if after_batch is not None:
-            after_batch(batch, lengths)
-        done += sum(len(tokens[prompt]) for prompt in batch)
-        if progress is not None:
-            progress(done, total)
+    done, told, total = 0, 0, sum(map(len, tokens))
+
+    def tell(start: float, size: float = 0.0, share: float = 0.0) -> None:
+        nonlocal told
+        count = int(start + size * share)
+        if progress is not None and count > told:
+            told = count
+            progress(count, total)
+
+    for wave in plan_waves(batches(tokens, vocabulary), wave_tokens):
+        size = sum(sum(batch.lengths or ()) for batch in wave)
+        answers = []
+        for number, model in enumerate(models):
+            start, share = done + size * number / len(models), size / len(models)
+            answers.append(list(model(wave, partial(tell, start, share))))
+        for batch in wave:
+            logits = []
+            for each in answers:
+                logits.append(each.pop(0))  # a wave's logits never are in memory together
+                mx.eval(logits[-1])
+            for which, part in enumerate(parts, start=1):
+                part += _compare_batch(logits[0], logits[which], batch)
+            if after_batch is not None:
+                after_batch(batch.about, batch.lengths or ())
+            done += sum(len(tokens[prompt]) for prompt in batch.about)
+            tell(done)
     return [_joined(part) for part in parts]
+
+
+def with_k(router: RoutedModel, k: int) -> Forwards:
+    """Forwards with `k` experts per token: bit for bit those of a config that says `k`."""
+    if k == router.info.experts_per_token:
+        return router.forwards
+
+    def forwards(batches: Sequence[Batch], passed: Passed | None) -> Sequence[mx.array]:
+        with router.override(k=k):
+            return router.forwards(batches, passed)
+
+    return forwards
 
 
 def _joined(parts: list[tuple[NDArray, ...]]) -> Comparison:
@@ -80,10 +123,8 @@ def _joined(parts: list[tuple[NDArray, ...]]) -> Comparison:
     return Comparison(*(column[order] for column in columns))
 
 
-def batches(
-    tokens: Sequence[Sequence[int]], vocabulary: int
-) -> Iterator[tuple[list[int], NDArray[np.int32], list[int]]]:
-    """Prompt numbers, token ids [B, L] and lengths [B] of batches of similar length.
+def batches(tokens: Sequence[Sequence[int]], vocabulary: int) -> Iterator[Batch]:
+    """Batches of prompts of similar length, each about the numbers of its prompts.
 
     The logits of a batch stay below 256 MiB, or are those of a single prompt. Prompts of fewer
     than two tokens predict nothing and are left out.
@@ -92,7 +133,7 @@ def batches(
     lengths = [len(ids) if len(ids) > 1 else 0 for ids in tokens]
     for batch in plan_batches(range(len(tokens)), lengths, 64, most):
         ids, real = pad([np.asarray(tokens[prompt], np.int32) for prompt in batch])
-        yield batch, ids, real
+        yield Batch(ids, real, batch)
 
 
 def log_softmax(logits: mx.array) -> mx.array:
@@ -116,13 +157,8 @@ def _counted(
         yield chunk, flat[mx.array(chunk)], mx.array(following[chunk])
 
 
-def _compare_batch(
-    before: mx.array,
-    after: mx.array,
-    batch: Sequence[int],
-    ids: NDArray[np.int32],
-    lengths: Sequence[int],
-) -> list[tuple[NDArray, ...]]:
+def _compare_batch(before: mx.array, after: mx.array, batch: Batch) -> list[tuple[NDArray, ...]]:
+    ids, lengths = batch.ids, batch.lengths or ()
     found: list[tuple[NDArray, ...]] = []
     pairs = zip(_counted(before, ids, lengths), _counted(after, ids, lengths), strict=True)
     for (places, rows, targets), (_, other_rows, _) in pairs:
@@ -132,7 +168,7 @@ def _compare_batch(
         kl = mx.where(share > 0, share * (parent - child), 0.0).sum(axis=-1)
         same = mx.argmax(rows, axis=-1) == mx.argmax(other_rows, axis=-1)
         nll = [-mx.take_along_axis(each, targets[:, None], axis=-1) for each in (parent, child)]
-        prompts = np.asarray(batch)[places // ids.shape[1]]
+        prompts = np.asarray(batch.about)[places // ids.shape[1]]
         found.append(
             (
                 prompts,

@@ -8,11 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from .losses import Forward, batches
+from .losses import batches
 from .writing import Speed
+
+Forward = Callable[[Any, Sequence[int]], mx.array]
+"""(token ids [B, L], lengths [B]) -> logits [B, L, vocab]."""
 
 READ_TOKENS = 2048
 """Tokens that each model reads at least, if the text has as many."""
@@ -63,7 +67,8 @@ def reading_cost(
     """
     models = (before, after)
     seconds, working, timed = [0.0, 0.0], [0, 0], 0
-    for number, (_, ids, lengths) in enumerate(batches(tokens, vocabulary)):
+    for number, batch in enumerate(batches(tokens, vocabulary)):
+        ids, lengths = batch.ids, batch.lengths or ()
         if number == 0:
             mx.eval([model(ids[:1], lengths[:1]) for model in models])
         for which in (0, 1) if number % 2 == 0 else (1, 0):

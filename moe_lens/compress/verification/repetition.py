@@ -47,6 +47,10 @@ class Repetition:
     tokens_before: int
     tokens_after: int
 
+    def rises(self, limit: float) -> bool:
+        """Whether the share rises by more than `limit`, and its interval lies above 0."""
+        return self.change.value > limit and (self.change.low is None or self.change.low > 0)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {

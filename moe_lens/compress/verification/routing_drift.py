@@ -18,6 +18,7 @@ block multiplies by, after every normalisation; a factor common to all cancels.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 
 from moe_lens.errors import UsageError
 from moe_lens.instrument import Forward as Values
+from moe_lens.streaming import Batch, Passed
 
 from .bootstrap import Bootstrap, Measure
 from .expert_map import ExpertMap
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 
 Routes = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Expert ids and weights [tokens, k] of one layer."""
+
+_Kept = tuple[dict[int, tuple[mx.array, mx.array]], NDArray[np.bool_]]
+"""Ids and weights by layer, and which tokens are no pads, of one forward."""
 
 
 @dataclass(frozen=True)
@@ -82,35 +87,36 @@ class Watched:
 
     def __init__(self, router: RoutedModel) -> None:
         self._router = router
-        self._values: dict[int, tuple[mx.array, mx.array]] = {}
-        self._valid: NDArray[np.bool_] = np.zeros(0, bool)
+        self._kept: deque[_Kept] = deque()
 
-    def forward(self, ids: Any, lengths: Sequence[int] | None = None) -> mx.array:
-        """Logits [B, L, vocab] of token ids [B, L]."""
+    def forwards(self, batches: Sequence[Batch], passed: Passed | None) -> Sequence[mx.array]:
+        """Logits [B, L, vocab] of every batch."""
         with self._router.recording(self):
-            return self._router.forward(ids, lengths)
+            return self._router.forwards(batches, passed)
 
     def record(self, forward: Values) -> None:
-        """Keep the routing of this forward alone; the model's own evaluation fills it."""
+        """Keep the routing of this forward; the model's own evaluation fills it."""
         shown = [
             layer
             for layer in forward.layers
             if all(forward.reason(name, layer) is None for name in self.values)
         ]
-        self._values = {
+        values = {
             layer: (forward.value("expert_ids", layer), forward.value("expert_weights", layer))
             for layer in shown
         }
-        self._valid = forward.valid
+        self._kept.append((values, forward.valid))
 
-    def routes(self, layer: int) -> Routes:
-        """Of the real tokens of the last forward, row by row."""
-        ids, weights = self._values[layer]
-        mx.eval(ids, weights)
-        return (
-            np.array(ids)[self._valid].astype(np.int64),
-            np.array(weights.astype(mx.float32))[self._valid].astype(np.float64),
-        )
+    def take(self) -> dict[int, Routes]:
+        """By layer, of the real tokens of the oldest forward not taken yet, row by row."""
+        values, valid = self._kept.popleft()
+        return {
+            layer: (
+                np.array(ids)[valid].astype(np.int64),
+                np.array(weights.astype(mx.float32))[valid].astype(np.float64),
+            )
+            for layer, (ids, weights) in values.items()
+        }
 
 
 class DriftMeter:
@@ -132,16 +138,18 @@ class DriftMeter:
         }
 
     def add(self, batch: Sequence[int], lengths: Sequence[int]) -> None:
-        """Take the last forward of both models.
+        """Take the next forward of both models.
 
         Args:
             batch: The prompt number of each row.
             lengths: The number of tokens of each row.
         """
         self._prompts.append(np.repeat(np.asarray(batch, np.int64), lengths))
+        parent, child = (model.take() for model in self._models)
         for layer, groups in self._map.layers.items():
-            parent, child = (model.routes(layer) for model in self._models)
-            drift, removed = token_drift(parent, child, groups, self._map.width(layer))
+            drift, removed = token_drift(
+                parent[layer], child[layer], groups, self._map.width(layer)
+            )
             self._drift[layer].append(drift)
             self._removed[layer].append(removed)
 

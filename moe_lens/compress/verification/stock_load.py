@@ -13,8 +13,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_lens.checkpoint_files.folder import check_weights
 from moe_lens.errors import MoeLensError
-from moe_lens.loading import check_weights, compute_in_float32
+from moe_lens.loading import compute_in_float32
+from moe_lens.streaming import LayerStream
+from moe_lens.streaming.loads import streamed_loads
 
 TOKENS = 256
 """Most tokens of text that the loads are compared on."""
@@ -56,6 +59,7 @@ def stock_logits(
     name: str,
     trust_remote_code: bool = False,
     trust_model_file: bool = False,
+    stream: bool | None = None,
 ) -> NDArray[np.float32]:
     """Logits [tokens, vocab] of ``mlx_lm.load(folder)``, which is let go of afterwards.
 
@@ -70,6 +74,7 @@ def stock_logits(
         name: What the model is called in an error.
         trust_remote_code: Let the model run the code it comes with.
         trust_model_file: Let it run its model file, and no code of its tokenizer.
+        stream: Whether its weights are read layer by layer; None: if it is too large.
 
     Raises:
         MoeLensError: The files are missing or corrupt, mlx-lm does not load them, or the model
@@ -83,12 +88,15 @@ def stock_logits(
             str(folder),
             tokenizer_config={"trust_remote_code": True} if trust_remote_code else None,
             trust_remote_code=trust_remote_code or trust_model_file,
+            lazy=True,
         )[:2]
     check_tokenizer(tokenizer)
+    fresh = streamed_loads(model, folder, stream)
     with _usable(name):
         compute_in_float32(model)
+        layers = None if fresh is None else LayerStream(model, fresh)
         logits = as_rows(model(mx.array([list(tokens)], mx.int32)))
-    del model
+    del model, layers
     gc.collect()
     mx.clear_cache()
     return logits

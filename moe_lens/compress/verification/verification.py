@@ -11,10 +11,10 @@ from moe_lens.compress.tensors.size import Size
 from moe_lens.errors import MoeLensError, UsageError
 
 from .bootstrap import Measure
-from .repetition import NEW_TOKENS, Repetition
+from .repetition import NEW_TOKENS
 from .routing_drift import RoutingDrift
 from .stock_load import TOLERANCE, StockLoad
-from .writing import Speed
+from .use import Use
 
 MAX_RISE = 0.10
 """Rise of the perplexity from which the loss is called large."""
@@ -115,30 +115,6 @@ class LabelLoss:
     loss: Loss
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of the weights in memory, and of what a forward needs beside them at most."""
-
-    weights_before: int
-    weights_after: int
-    working_before: int
-    working_after: int
-
-    @property
-    def before(self) -> int:
-        """The peak of the parent alone."""
-        return self.weights_before + self.working_before
-
-    @property
-    def after(self) -> int:
-        """The peak of the smaller model alone."""
-        return self.weights_after + self.working_after
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"before": self.before, "after": self.after, **vars(self)}
-
-
 class LossTooLargeError(MoeLensError):
     """The smaller model lost more than was allowed. Carries the `verification` that found it."""
 
@@ -165,7 +141,8 @@ def check_max_kl(max_kl: float | None) -> None:
 class Verification:
     """Two models compared on text that did not calibrate; see `definitions`.
 
-    `stock_load` is None where the smaller model was given in memory and stands in no folder.
+    `stock_load` is None where the smaller model was given in memory and stands in no folder, `use`
+    where one of the two was streamed: nobody uses a model like that.
     """
 
     original: str
@@ -175,11 +152,8 @@ class Verification:
     labels: tuple[LabelLoss, ...]
     size_before: Size
     size_after: Size
-    reading: Speed
-    writing: Speed
+    use: Use | None
     drift: RoutingDrift
-    repetition: Repetition
-    memory: Memory
     stock_load: StockLoad | None
     device: str
 
@@ -206,11 +180,11 @@ class Verification:
                 f"{MAX_KL:g}), so up to {min(1.0, (kl / 2) ** 0.5):.0%} of sampled tokens may "
                 "come out differently"
             )
-        change = self.repetition.change
-        if change.value > MAX_REPETITION_RISE and (change.low is None or change.low > 0):
+        if self.use is not None and self.use.repetition.rises(MAX_REPETITION_RISE):
+            text = self.use.repetition
             found.append(
-                f"generated text repeats itself: {self.repetition.after.value:.0%} of its 4-grams "
-                f"are repeated, {self.repetition.before.value:.0%} before; remove fewer experts "
+                f"generated text repeats itself: {text.after.value:.0%} of its 4-grams "
+                f"are repeated, {text.before.value:.0%} before; remove fewer experts "
                 "or calibrate on text like yours"
             )
         return tuple(found)
@@ -256,13 +230,12 @@ class Verification:
                 "before": self.size_before.parameters,
                 "after": self.size_after.parameters,
             },
-            "tokens_per_second": {
-                "read": self.reading.to_dict(),
-                "written": self.writing.to_dict(),
-            },
+            "tokens_per_second": None
+            if self.use is None
+            else {"read": self.use.reading.to_dict(), "written": self.use.writing.to_dict()},
             "routing_drift": self.drift.to_dict(),
-            "repetition": self.repetition.to_dict(),
-            "memory": self.memory.to_dict(),
+            "repetition": None if self.use is None else self.use.repetition.to_dict(),
+            "memory": None if self.use is None else self.use.memory.to_dict(),
             "stock_load": None if self.stock_load is None else self.stock_load.to_dict(),
             "device": self.device,
             "warnings": list(self.warnings),

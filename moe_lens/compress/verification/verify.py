@@ -8,34 +8,29 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from moe_lens.compress.calibration.held_out import check_not_remembered
 from moe_lens.compress.plan.identity import CorpusIdentity, public_name
-from moe_lens.compress.telling import Progress
 from moe_lens.compress.tensors.size import Size
-from moe_lens.compress.tensors.unpacked import unpacked
+from moe_lens.compress.tensors.unpacked import fastest
 from moe_lens.corpus import Corpus
 from moe_lens.errors import CaptureError, UsageError
-from moe_lens.loading import load, resolve
+from moe_lens.families import AUTO, SEGMENTED, decide
+from moe_lens.loading import resolve
+from moe_lens.telling import Progress
 
 from .bootstrap import Bootstrap
 from .expert_map import ExpertMap, map_experts, stored_plan
 from .losses import Comparison, compare
 from .one_tokenizer import check_one_tokenizer
-from .reading_cost import cost_sample, reading_cost
-from .repetition import NEW_TOKENS, beginnings, measure_repetition
+from .repetition import beginnings
 from .routing_drift import DriftMeter, Watched
 from .stock_load import TOKENS, Live, as_rows, check_stock_load, stock_logits
-from .verification import LabelLoss, Loss, Memory, Verification
-from .writing import writing_speed
+from .use import UseMeter
+from .verification import LabelLoss, Loss, Verification
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter
-
-
-_TIMED = 2
-"""Beginnings that are continued one at a time, for the speed of writing."""
 
 
 def verify(
@@ -49,6 +44,8 @@ def verify(
     seed: int = 0,
     trust_remote_code: bool = False,
     trust_model_file: bool = False,
+    stream: bool | None = None,
+    cpu_experts: str = AUTO,
     live: Live | None = None,
     name: str | None = None,
     progress: Progress | None = None,
@@ -56,8 +53,9 @@ def verify(
     """Compare two models on the same tokens.
 
     Both run in the same process on the same batches; on MLX's CPU backend both compute in
-    float32, from unpacked weights where that is faster (`unpacked`); speed and memory are always
-    those of the models as they are. Log-probabilities are float32 everywhere. Memory: both models
+    float32, from unpacked weights and with experts by segment (`tensors.unpacked`); the stock load,
+    speed and memory are always those of the models as they are, and speed and memory are not
+    measured of a streamed one. Log-probabilities are float32 everywhere. Memory: both models
     (unpacked as well, as far as there is plenty), the logits of one batch, and 64 MiB of
     log-probabilities.
 
@@ -76,6 +74,11 @@ def verify(
         trust_remote_code: Let the models run the code they come with.
         trust_model_file: Let the smaller model run its model file, and no code of its tokenizer:
             for one that has just been written here.
+        stream: Whether the weights of models that are given by name are read layer by layer;
+            None: those that are too large for this machine. What it takes to use a streamed
+            model (speed, memory, what it writes by itself) is not measured.
+        cpu_experts: How the experts are computed while the two are compared: ``stock``,
+            ``segmented`` (`RoutedModel.cpu_experts`), or ``auto``; `Verification.device` says it.
         live: The smaller model as it was before it was written, whose logits the folder must
             give as well.
         name: What the smaller model is called in the result; None for its own name.
@@ -87,8 +90,9 @@ def verify(
             force, or the text calibrated the smaller model.
         MoeLensError: Stock mlx-lm does not load the smaller model, or gives other logits.
     """
+    decide(cpu_experts)
     folder = _folder(compressed)
-    before = _opened(original, trust_remote_code)
+    before = _opened(original, trust_remote_code, stream)
     drawn = corpus if sample_size is None else corpus.sample(sample_size, seed)
     tokens = drawn.tokenize(before.tokenizer, sequence_length, chat_template)
     if not any(len(ids) > 1 for ids in tokens):
@@ -114,10 +118,11 @@ def verify(
             name=names[1],
             trust_remote_code=trust_remote_code,
             trust_model_file=trust_model_file,
+            stream=stream,
         )
         if live is not None:
             stock_load = check_stock_load(stock, as_rows(live(probe)), "the plan applied in memory")
-    after = _opened(compressed, trust_remote_code, name, trust_model_file)
+    after = _opened(compressed, trust_remote_code, stream, name, trust_model_file)
     check_tokenizer(after.tokenizer)
     if before.overrides or after.overrides:
         raise UsageError("verify outside of `override`: it would measure another model")
@@ -127,10 +132,11 @@ def verify(
         measured = as_rows(after.forward([probe]))
         found_stock = check_stock_load(stock, measured, "the model that is measured")
         stock_load = stock_load or found_stock
+    streamed = before.streamed or after.streamed
     starts = beginnings(drawn.prompts, tokens, chat_template=chat_template, seed=seed)
-    timed = starts[:_TIMED]
-    to_read, costs = sum(map(len, tokens)), cost_sample(tokens)
-    to_do = to_read + sum(map(len, costs)) + 2 * NEW_TOKENS * (len(starts) + len(timed))
+    use = None if streamed else UseMeter(tokens, starts)
+    to_read = sum(map(len, tokens))
+    to_do = to_read + (0 if use is None else use.tokens)
     done = 0
 
     def advance(count: int) -> None:
@@ -139,22 +145,21 @@ def verify(
         if progress is not None:
             progress(done, to_do)
 
-    mx.eval(before.model.parameters(), after.model.parameters())
-    watched = Watched(unpacked(before)), Watched(unpacked(after))
+    fast = fastest(before, cpu_experts), fastest(after, cpu_experts)
+    watched = Watched(fast[0]), Watched(fast[1])
     meter = DriftMeter(*watched, mapping)
     found = compare(
-        watched[0].forward,
-        [watched[1].forward],
+        watched[0].forwards,
+        [watched[1].forwards],
         tokens,
         vocabulary,
         lambda read, _: advance(read - done),
         meter.add,
+        # Both models' forwards may be held.
+        wave_tokens=max(before.wave_tokens, after.wave_tokens) // 2,
     )[0]
     # Prompts that predict nothing were not read.
     advance(to_read - done)
-    cost = reading_cost(before.forward, after.forward, costs, vocabulary, advance)
-    repetition = measure_repetition(before, after, starts, seed=seed, advance=advance)
-    writing = writing_speed(before, after, timed, NEW_TOKENS, advance)
     identity = CorpusIdentity(
         name=public_name(corpus.name),
         fingerprint=drawn.fingerprint,
@@ -171,24 +176,17 @@ def verify(
         labels=_by_label(found, [prompt.label for prompt in drawn.prompts], seed),
         size_before=Size(before.info.bytes, before.info.parameters),
         size_after=Size(after.info.bytes, after.info.parameters),
-        reading=cost.speed,
-        writing=writing,
+        use=None if use is None else use.measure(before, after, vocabulary, seed, advance),
         drift=meter.found(seed),
-        repetition=repetition,
-        memory=Memory(
-            weights_before=_weights(before),
-            weights_after=_weights(after),
-            working_before=cost.working_before,
-            working_after=cost.working_after,
-        ),
         stock_load=stock_load,
-        device=_device(),
+        device=_device(*(each.cpu_experts for each in fast)),
     )
 
 
 def _opened(
     model: ExpertRouter | str | Path,
     trust_remote_code: bool,
+    stream: bool | None,
     name: str | None = None,
     trust_model_file: bool = False,
 ) -> ExpertRouter:
@@ -196,10 +194,14 @@ def _opened(
 
     if isinstance(model, ExpertRouter):
         return model
-    loaded, tokenizer, config, path = load(
-        model, trust_remote_code=trust_remote_code, trust_model_file=trust_model_file
+    found = ExpertRouter.from_pretrained(
+        model,
+        trust_remote_code=trust_remote_code,
+        trust_model_file=trust_model_file,
+        stream=stream,
     )
-    return ExpertRouter(loaded, tokenizer, config, name=name or str(model), path=path)
+    found.name = name or found.name
+    return found
 
 
 def _folder(model: ExpertRouter | str | Path) -> Path | None:
@@ -215,10 +217,6 @@ def _mapping(before: ExpertRouter, after: ExpertRouter, drawn: Corpus) -> Expert
     if plan is not None:
         check_not_remembered(plan, public_name(after.name), drawn)
     return map_experts(before, after, plan)
-
-
-def _weights(router: ExpertRouter) -> int:
-    return sum(value.nbytes for _, value in tree_flatten(router.model.parameters()))
 
 
 def loss(found: Comparison, *, seed: int = 0) -> Loss:
@@ -254,18 +252,18 @@ def _by_label(found: Comparison, labels: Sequence[str | None], seed: int) -> tup
 
 def _vocabulary(before: ExpertRouter, after: ExpertRouter) -> int:
     """The number of logits, which both models must share."""
-    token = mx.zeros((1, 1), mx.int32)
-    first, second = before.forward(token).shape[-1], after.forward(token).shape[-1]
+    first, second = before.vocabulary, after.vocabulary
     if first != second:
         raise UsageError(
             f"{after.name} has a vocabulary of {second} tokens and {before.name} one of {first}; "
             "only a model and its smaller version can be compared"
         )
-    return int(first)
+    return first
 
 
-def _device() -> str:
-    """Where both models were computed, and in which precision."""
+def _device(before: str, after: str) -> str:
+    """Where both models were computed, in which precision, and how their experts were."""
     if mx.default_device() == mx.cpu:
-        return "CPU in float32"
+        segmented = before == after == SEGMENTED
+        return "CPU in float32, experts by segment" if segmented else "CPU in float32"
     return "GPU in the dtype of each checkpoint"

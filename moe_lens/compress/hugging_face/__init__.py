@@ -1,0 +1,1 @@
+"""Names and layout of tensors as Hugging Face transformers has them, for ``--format hf``."""
