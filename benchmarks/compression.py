@@ -41,7 +41,7 @@ from moe_lens.compress.choice.readings import read_all
 from moe_lens.compress.choice.trials import Trial, TrialBench
 from moe_lens.compress.tensors.parent import open_parent
 from moe_lens.compress.tensors.size_table import SizeTable
-from moe_lens.compress.tensors.unpacked import unpacked
+from moe_lens.compress.tensors.unpacked import fastest
 from moe_lens.compress.verification.bootstrap import Bootstrap
 from moe_lens.corpus import read_corpus
 from moe_lens.router import ExpertRouter
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace, show: Progress) -> dict[str, Any]:
     router = ExpertRouter.from_pretrained(options.model)
     table = SizeTable.of(open_parent(options.model))
     test = read_corpus(options.eval_data).sample(options.eval_prompts, 0)
-    parent = unpacked(router)
+    parent = fastest(router)
     held_out = TrialBench(parent, test.tokenize(router.tokenizer, 512), table)
     found: dict[float, dict[str, Method]] = {ratio: defaultdict(_nameless) for ratio in RATIOS}
     limits: dict[float, int] = {}

@@ -70,7 +70,7 @@ def main() -> None:
                 samples=samples,
             )
             smaller = in_memory(router, plan)
-            found = compare(router.forward, [smaller.forward], held_out, vocabulary)[0]
+            found = compare(router.forwards, [smaller.forwards], held_out, vocabulary)[0]
             error = found.kl.std() / len(found.kl) ** 0.5
             table.add_row(*choices, f"{found.kl.mean():.4f} +- {error:.4f}")
         console.print(f"{experts} of {calibration.model.num_experts} experts")
