@@ -8,14 +8,14 @@ A Qwen3-MoE checkpoint in bfloat16 is generated (64 experts of width 256 behind 
 
 - read: every tensor is read from the files, once, and let go of;
 - forward: the model is loaded whole, and runs the text; seconds of the forwards alone;
-- whole: the same, calibrated, with routed statistics and similarities;
+- whole: the same, calibrated: routed statistics, and with --similarity every expert on every token;
 - streamed: calibrated layer by layer, in a process that Linux grants a quarter of the bytes of the
   checkpoint as memory beyond what Python and its libraries take (RLIMIT_DATA).
 
 The ratio is streamed / (read + forward); the statistics of `whole` and `streamed` are compared bit
 for bit. The experts are computed by segment on a CPU, as `compress` does. The second table takes
-the streamed calibration at three numbers of layers and three numbers of tokens: where the cost is
-linear, seconds per layer and token stay.
+the streamed calibration, without a limit, at three numbers of layers and three numbers of tokens:
+where the cost is linear, seconds per layer and token stay.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--similarity", action="store_true", help="calibrate for a merge")
     parser.add_argument("--place", help="a folder on the disk to use; default: a temporary one")
     parser.add_argument("--json", help="write all figures there")
     parser.add_argument("--child", nargs=4, metavar="ARG", help=argparse.SUPPRESS)
@@ -77,7 +78,7 @@ def main() -> None:
     asked, console = _arguments(), Console()
     if asked.child:
         name, folder, tokens, output = asked.child
-        print(json.dumps(_child(name, Path(folder), int(tokens), Path(output))))
+        print(json.dumps(_child(name, Path(folder), int(tokens), Path(output), asked.similarity)))
         return
     with tempfile.TemporaryDirectory(dir=asked.place, prefix="streaming-") as place:
         model = Path(place, "model")
@@ -86,7 +87,7 @@ def main() -> None:
         runs = []
         for name in ("read", "forward", "whole", "streamed"):
             console.print(f"{name} ...", style="dim")
-            runs.append(_run(name, model, asked.layers, asked.tokens))
+            runs.append(_run(name, model, asked.layers, asked.tokens, asked.similarity))
         same = (model / "whole.st").read_bytes() == (model / "streamed.st").read_bytes()
         console.print(_table(runs))
         read, forward, _, streamed = runs
@@ -96,12 +97,13 @@ def main() -> None:
             f"streamed / (read + forward): {ratio:.2f}; statistics bit for bit the same: {same}"
         )
         linear = [
-            _run("streamed", model, asked.layers, asked.tokens * times) for times in (1, 2, 4)
+            _run("unlimited", model, asked.layers, asked.tokens * times, asked.similarity)
+            for times in (1, 2, 4)
         ]
         for layers in (asked.layers // 2, asked.layers // 4):
             shutil.rmtree(model)
             _generate(model, layers)
-            linear.append(_run("streamed", model, layers, asked.tokens))
+            linear.append(_run("unlimited", model, layers, asked.tokens, asked.similarity))
         console.print(_table(linear))
     if asked.json:
         content = {
@@ -151,8 +153,9 @@ def _generate(folder: Path, layers: int) -> None:
     write_shards(folder, tensors, 0, shard_bytes=1 << 30)
 
 
-def _run(name: str, model: Path, layers: int, tokens: int) -> Run:
-    command = [sys.executable, __file__, "--child", name, str(model), str(tokens)]
+def _run(name: str, model: Path, layers: int, tokens: int, similarity: bool) -> Run:
+    command = [sys.executable, __file__, *(["--similarity"] if similarity else [])]
+    command += ["--child", name, str(model), str(tokens)]
     done = subprocess.run(
         [*command, str(model / f"{name}.st")], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -160,7 +163,7 @@ def _run(name: str, model: Path, layers: int, tokens: int) -> Run:
     return Run(name, layers, tokens, found["seconds"], found["peak"] / 1e6)
 
 
-def _child(name: str, folder: Path, tokens: int, output: Path) -> dict[str, Any]:
+def _child(name: str, folder: Path, tokens: int, output: Path, similarity: bool) -> dict[str, Any]:
     for file in folder.glob("*.safetensors"):  # threads and their stacks are there before we count
         small = [value for value in mx.load(str(file)).values() if value.size < 1 << 18]
         mx.eval([value.astype(mx.float32) for value in small])
@@ -170,18 +173,18 @@ def _child(name: str, folder: Path, tokens: int, output: Path) -> dict[str, Any]
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         most = _status("VmData") + size // 4
         resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-    seconds = _seconds(name, folder, tokens, output)
+    seconds = _seconds(name, folder, tokens, output, similarity)
     return {"seconds": seconds, "peak": _status("VmHWM") - start_memory}
 
 
-def _seconds(name: str, folder: Path, tokens: int, output: Path) -> float:
+def _seconds(name: str, folder: Path, tokens: int, output: Path, similarity: bool) -> float:
     start = time.perf_counter()
     if name == "read":
         for file in sorted(folder.glob("*.safetensors")):
             for tensor in list(values := mx.load(str(file))):
                 mx.eval(values.pop(tensor))
         return time.perf_counter() - start
-    router = ExpertRouter.from_pretrained(folder, stream=name == "streamed")
+    router = ExpertRouter.from_pretrained(folder, stream=name in ("streamed", "unlimited"))
     router.cpu_experts = "auto"
     text = _text(router, tokens)
     if name == "forward":
@@ -193,7 +196,7 @@ def _seconds(name: str, folder: Path, tokens: int, output: Path) -> float:
         return time.perf_counter() - start
     if name == "whole":
         start = time.perf_counter()
-    found = calibrate(router, text, sequence_length=PROMPT)
+    found = calibrate(router, text, sequence_length=PROMPT, similarity=similarity)
     seconds = time.perf_counter() - start
     save_statistics(found, output)
     return seconds
