@@ -25,6 +25,7 @@ from .padding import valid_tokens
 
 _VERIFY = frozenset({"router_logits", "expert_ids", "expert_weights", "expert_inputs"})
 _VERIFY_TOKENS = 24
+_NOTHING: frozenset[str] = frozenset()
 
 
 class Instrument:
@@ -45,6 +46,8 @@ class Instrument:
         self.next = NextForward()
         """What is known of the next forwards."""
         self._attachments = {layer.index: Attachment(layer, kernel) for layer in self.layers}
+        self._all = list(self._attachments.values())
+        self._modules = {layer.index: layer for layer in self.layers}
         if len(self._attachments) != len(self.layers):
             raise UnsupportedModelError(
                 "two routed blocks share a layer index in this model, so its layers cannot be told "
@@ -209,15 +212,14 @@ class Instrument:
 
     def _begin(self, run: _Run | None, path: str | None = None) -> None:
         """Forget what the seams have shown, and show what `run` wants: all, or inside `path`."""
+        wanted = {} if run is None else run.wanted
         for attachment in self._attachments_inside(path):
             attachment.begin()
-            attachment.wanted = (
-                frozenset() if run is None else run.wanted.get(attachment.layer.index, frozenset())
-            )
+            attachment.wanted = wanted.get(attachment.layer.index, _NOTHING)
 
     def _attachments_inside(self, path: str | None) -> list[Attachment]:
         if path is None:
-            return list(self._attachments.values())
+            return self._all
         if path not in self._inside:
             self._inside[path] = [
                 each
@@ -228,13 +230,12 @@ class Instrument:
 
     def _finish(self, run: _Run) -> None:
         """Hand over a forward that is over."""
-        values = {
-            index: run.values.get(index, attachment.values)
-            for index, attachment in self._attachments.items()
-        }
+        shown = run.values
+        values = {index: each.values for index, each in self._attachments.items()} | shown
+        forward = self._forward(run, values)
         for sink in run.sinks:
-            if not (run.values and takes_layers(sink)):
-                sink.record(self._forward(run, values))
+            if not (shown and takes_layers(sink)):
+                sink.record(forward)
 
     def _forward(self, run: _Run, values: Mapping[int, Mapping[str, mx.array]]) -> Forward:
         assert run.tokens is not None and run.valid is not None
@@ -244,7 +245,7 @@ class Instrument:
             continues=run.continues,
             layers=tuple(values),
             about=run.about,
-            _modules={index: self._attachments[index].layer for index in values},
+            _modules=self._modules,
             _values=values,
         )
 
