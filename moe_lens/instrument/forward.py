@@ -23,8 +23,9 @@ class Sink(Protocol):
     keeps (or reduces it) before it returns, so that memory stays bounded.
 
     A sink whose layers do not depend on each other may say so with an attribute ``by_layer =
-    True``. Where a model runs layer by layer because it does not fit into memory, its `record` is
-    then called after each layer of each forward, with a `Forward` of that layer alone.
+    True``. The model is then evaluated layer by layer, and `record` called after each layer of
+    each forward, with a `Forward` of that layer alone: the values of all layers are never in
+    memory together, whether or not the weights are.
     """
 
     values: frozenset[str]

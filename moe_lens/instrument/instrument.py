@@ -276,11 +276,9 @@ class Instrument:
             for sink in run.sinks:
                 if takes_layers(sink):
                     sink.record(self._forward(run, values))
-            rest = self._wanted(sink for sink in run.sinks if not takes_layers(sink))
+            rest = {name for each in run.sinks if not takes_layers(each) for name in each.values}
             for index, shown in values.items():
-                run.values[index] = {
-                    name: value for name, value in shown.items() if name in rest[index]
-                }
+                run.values[index] = {name: shown[name] for name in rest & shown.keys()}
         self._begin(None, layer_path)
 
 
