@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moe_lens.bootstrap import Bootstrap
 from moe_lens.compress.calibration.calibration import identify_corpus
 from moe_lens.compress.calibration.validation_split import split
 from moe_lens.compress.choice.asked_size import AskedSize
@@ -42,7 +43,6 @@ from moe_lens.compress.choice.trials import Trial, TrialBench
 from moe_lens.compress.tensors.parent import open_parent
 from moe_lens.compress.tensors.size_table import SizeTable
 from moe_lens.compress.tensors.unpacked import fastest
-from moe_lens.compress.verification.bootstrap import Bootstrap
 from moe_lens.corpus import read_corpus
 from moe_lens.router import ExpertRouter
 

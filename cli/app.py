@@ -16,6 +16,7 @@ from .generate import generate
 from .heatmap import heatmap
 from .help import Grouped
 from .info import info
+from .locality import locality
 from .plan import plan
 from .trace import trace
 from .verify import verify
@@ -64,7 +65,11 @@ def moe_lens(
     """
 
 
-for command in (info, families, generate, trace, heatmap, compress, plan, frontier, verify, doctor):
+for command in (
+    *(info, families, generate, trace, heatmap),
+    *(locality,),
+    *(compress, plan, frontier, verify, doctor),
+):
     app.command(
         no_args_is_help=command not in (families, doctor),
         cls=Grouped if command is compress else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,11 +19,14 @@ from .options import (
     Json,
     Kernel,
     MaskExperts,
+    PictureFile,
+    PictureTheme,
     Prompt,
     SampleSize,
     Seed,
     SequenceLength,
     Stream,
+    Theme,
     TrustRemoteCode,
 )
 from .routing import Routing
@@ -32,13 +34,6 @@ from .views import Text, View, Wanted, of_model, of_run
 
 if TYPE_CHECKING:
     from moe_lens.analysis.heatmap import Heatmap
-
-
-class Theme(StrEnum):
-    """The background of a picture."""
-
-    LIGHT = "light"
-    DARK = "dark"
 
 
 def heatmap(
@@ -83,11 +78,8 @@ def heatmap(
     label: Annotated[
         str | None, typer.Option(metavar="NAME", help="Count only prompts with this label.")
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write a picture: .png, .svg or .pdf."),
-    ] = None,
-    theme: Annotated[Theme, typer.Option(help="Background of the picture.")] = Theme.LIGHT,
+    output: PictureFile = None,
+    theme: PictureTheme = Theme.LIGHT,
     sample_size: SampleSize = None,
     sequence_length: SequenceLength = None,
     chat_template: ChatTemplate = False,

@@ -99,6 +99,40 @@ Data = Annotated[
     str | None, typer.Option("--data", metavar="TEXT", help=f"Prompts to run: {TEXT_FORMS}.")
 ]
 
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|RUN",
+        show_default=False,
+        help="A model (demo, a folder, owner/name), or a folder that moe-lens trace wrote.",
+    ),
+]
+
+AnalysedText = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        metavar="TEXT",
+        show_default=False,
+        help=f"Prompts for a model to run: {TEXT_FORMS}. By default demo.",
+    ),
+]
+
+PictureFile = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="FILE", help="Write a picture: .png, .svg or .pdf."),
+]
+
+
+class Theme(StrEnum):
+    """The background of a picture."""
+
+    LIGHT = "light"
+    DARK = "dark"
+
+
+PictureTheme = Annotated[Theme, typer.Option("--theme", help="Background of the picture.")]
+
 RequiredData = Annotated[
     str,
     typer.Option(

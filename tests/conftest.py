@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +12,8 @@ import pytest
 
 import metal_emulator
 from family_cases import Case, all_cases, open_case
+from moe_lens.router import ExpertRouter
+from moe_lens.trace import Trace, is_trace
 from tiny_models import cpu_stand_ins
 
 
@@ -60,3 +64,16 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     """Every tiny model in float32, in 4 bits, and (slow) in bfloat16."""
     with open_case(*request.param) as opened:
         yield opened
+
+
+@pytest.fixture(scope="session")
+def demo_run(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Trace:
+    """The demo corpus through the demo model, recorded once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "demo-run"
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_trace(folder):
+            with ExpertRouter.from_pretrained("demo", cpu_experts="auto") as router:
+                router.trace("demo", folder, router_logits=True)
+    return Trace.open(folder)

@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from moe_lens.bootstrap import Bootstrap, Measure
 from moe_lens.compress import LossTooLargeError, Verification, verify
 from moe_lens.compress.calibration.held_out import check_held_out
-from moe_lens.compress.verification.bootstrap import Bootstrap, Measure
 from moe_lens.compress.verification.losses import Comparison, compare
 from moe_lens.compress.verification.reading_cost import cost_sample, reading_cost
 from moe_lens.compress.verification.verification import Loss

@@ -6,10 +6,12 @@ import html
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+
+from .table import Table
 
 __all__ = ["Result", "html_table"]
 
@@ -19,10 +21,34 @@ class Result:
 
     A result has a field `definition` that says what its number is, in words that fit under a
     figure. Arrays are numpy; in JSON they are lists, and a number that is not there is ``null``.
+    The terminal and notebooks show its title, its findings, its tables and its definition.
     """
 
     kind: ClassVar[str]
     definition: str
+
+    @property
+    def title(self) -> str:
+        """Heading of the tables or the picture."""
+        return self.kind
+
+    def findings(self) -> list[str]:
+        """What is to be said first, a sentence each."""
+        return []
+
+    def tables(self) -> list[Table]:
+        """The numbers a person reads; JSON has all."""
+        return []
+
+    def _repr_html_(self) -> str:
+        said = "".join(
+            f"<p style='margin:4px 0'>{html.escape(each)}</p>" for each in self.findings()
+        )
+        shown = "<br>".join(table.html() for table in self.tables())
+        return (
+            f"<div style='overflow-x:auto'><b>{html.escape(self.title)}</b>{said}{shown}"
+            f"<small>{html.escape(self.definition)}</small></div>"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain Python values, after ``kind``, the name of the analysis."""
@@ -71,6 +97,8 @@ def _plain(value: Any) -> Any:
     """Numpy, tuples and dictionaries as JSON knows them; NaN and infinities as ``None``."""
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):

@@ -18,6 +18,7 @@ COMMANDS = (
     "generate",
     "trace",
     "heatmap",
+    "locality",
     "compress",
     "plan",
     "frontier",

@@ -16,12 +16,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_lens.bootstrap import Bootstrap, Measure
 from moe_lens.compress.checkpoint.in_memory import in_memory
 from moe_lens.compress.plan.plan import Plan
 from moe_lens.compress.resuming.work_folder import WorkFolder
 from moe_lens.compress.tensors.size_table import Shape, SizeTable
 from moe_lens.compress.tensors.unpacked import run_fastest
-from moe_lens.compress.verification.bootstrap import Bootstrap, Measure
 from moe_lens.compress.verification.losses import Comparison, Forwards, compare, with_k
 from moe_lens.compress.verification.verification import Loss
 from moe_lens.compress.verification.verify import loss

@@ -15,11 +15,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from moe_lens.bootstrap import Measure
 from moe_lens.compress.choice.trials import Trial, TrialBench, lead
 from moe_lens.compress.plan.plan import LayerPlan, Plan
 from moe_lens.compress.plan.router_row import RouterRow
 from moe_lens.compress.tensors.unpacked import unpack
-from moe_lens.compress.verification.bootstrap import Measure
 from moe_lens.errors import UsageError
 from moe_lens.families import STOCK
 from moe_lens.telling import Progress

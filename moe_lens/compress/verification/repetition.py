@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moe_lens.bootstrap import Bootstrap, Measure
 from moe_lens.corpus import Prompt
 
-from .bootstrap import Bootstrap, Measure
 from .writing import Advance, continue_greedily
 
 if TYPE_CHECKING:

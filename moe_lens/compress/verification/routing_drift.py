@@ -27,11 +27,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from moe_lens.bootstrap import Bootstrap, Measure
 from moe_lens.errors import UsageError
 from moe_lens.instrument import Forward as Values
 from moe_lens.streaming import Batch, Passed
 
-from .bootstrap import Bootstrap, Measure
 from .expert_map import ExpertMap
 
 if TYPE_CHECKING:

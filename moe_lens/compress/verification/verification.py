@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moe_lens.bootstrap import Measure
 from moe_lens.compress.plan.identity import CorpusIdentity
 from moe_lens.compress.plan.json_text import dump, finite
 from moe_lens.compress.tensors.size import Size
 from moe_lens.errors import MoeLensError, UsageError
 
-from .bootstrap import Measure
 from .repetition import NEW_TOKENS
 from .routing_drift import RoutingDrift
 from .stock_load import TOLERANCE, StockLoad

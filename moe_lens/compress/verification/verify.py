@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from moe_lens.bootstrap import Bootstrap
 from moe_lens.compress.calibration.held_out import check_not_remembered
 from moe_lens.compress.plan.identity import CorpusIdentity, public_name
 from moe_lens.compress.tensors.size import Size
@@ -19,7 +20,6 @@ from moe_lens.families import AUTO, SEGMENTED, decide
 from moe_lens.loading import resolve
 from moe_lens.telling import Progress
 
-from .bootstrap import Bootstrap
 from .expert_map import ExpertMap, map_experts, stored_plan
 from .losses import Comparison, compare
 from .one_tokenizer import check_one_tokenizer

@@ -1,0 +1,110 @@
+"""What an analysis command reads: a recorded run, or a model that runs the text now."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_lens.errors import UsageError
+from moe_lens.telling import LOADING, Progress, Stage, begin
+
+from . import screen
+from .models import load
+from .progress import stages
+
+if TYPE_CHECKING:
+    from moe_lens import ExpertRouter, Trace
+
+RECORDING = Stage("recording", "tokens")
+READING = Stage("reading", "tokens")
+DEFAULT_DATA = "demo"
+
+
+@dataclass(frozen=True)
+class Reads:
+    """The text of an analysis, and how a model runs it."""
+
+    data: str | None
+    sample_size: int | None
+    sequence_length: int | None
+    chat_template: bool
+    seed: int
+    trust_remote_code: bool
+    stream: bool | None
+
+
+@dataclass(frozen=True)
+class Analysed:
+    """A trace, and how far the analysis of it is.
+
+    Attributes:
+        trace: What is analysed.
+        name: The model, as titles say it.
+        progress: To hand to the analysis.
+        router: The model, if one was loaded.
+    """
+
+    trace: Trace
+    name: str
+    progress: Progress | None
+    router: ExpertRouter | None
+
+
+@contextmanager
+def analysed(source: str, reads: Reads, *, router_logits: bool = False) -> Iterator[Analysed]:
+    """Open the run `source`, or record the model `source` on the text into a temporary folder.
+
+    Args:
+        source: A folder that ``moe-lens trace`` wrote, or a model.
+        reads: The text; ``demo`` if none is named. A run takes none.
+        router_logits: Also record router logits, where a model runs.
+
+    Raises:
+        UsageError: A run with options that only a model takes, or data that cannot be read.
+    """
+    from moe_lens import Trace, read_corpus
+    from moe_lens.trace import is_trace
+
+    if is_trace(source):
+        _refuse_text(source, reads)
+        trace = Trace.open(source)
+        with stages() as show:
+            yield Analysed(trace, str(trace.model["name"]), begin(show, READING), None)
+        return
+    corpus = read_corpus(reads.data or DEFAULT_DATA)
+    if reads.data is None:
+        screen.note("no --data given: the text that comes with moe-lens is used (--data demo)")
+    with stages(LOADING) as show, tempfile.TemporaryDirectory(prefix="moe-lens-") as folder:
+        router = load(source, reads.trust_remote_code, stream=reads.stream, spinner=False)
+        trace = router.trace(
+            corpus,
+            Path(folder) / "run",
+            sample_size=reads.sample_size,
+            sequence_length=reads.sequence_length,
+            chat_template=reads.chat_template,
+            router_logits=router_logits,
+            seed=reads.seed,
+            progress=begin(show, RECORDING),
+        )
+        for each in trace.notes:
+            screen.note(each)
+        yield Analysed(trace, router.name, begin(show, READING), router)
+
+
+def _refuse_text(source: str, reads: Reads) -> None:
+    given = {
+        "--data": reads.data,
+        "--sample-size": reads.sample_size,
+        "--sequence-length": reads.sequence_length,
+        "--chat-template": reads.chat_template or None,
+    }
+    asked = [option for option, value in given.items() if value is not None]
+    if asked:
+        raise UsageError(
+            f"{source} is a recorded run, whose text is recorded, too: leave out {asked[0]}, or "
+            "give a model"
+        )
