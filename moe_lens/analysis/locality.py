@@ -28,10 +28,11 @@ from moe_lens.kernels import NO_EXPERT
 from moe_lens.telling import Progress
 from moe_lens.trace import Routes, Trace
 
+from .expert_sets import expert_sets, shared_experts
 from .passes import fold, successors
 from .resampling import draws, interval
 from .result import Result
-from .table import Cell, Table
+from .table import Table
 from .units import Units
 
 __all__ = ["Agreement", "Locality", "Neighbours", "locality"]
@@ -110,13 +111,16 @@ class Locality(Result):
         return [*tables, self._table(self.overlap, "Experts in common", 1.0)]
 
     def _table(self, asked: Agreement, title: str, scale: float) -> Table:
-        rows: list[tuple[Cell, ...]] = [
-            (name, *(float(scale * value) for value in asked.value[place]))
-            for place, name in enumerate(self.groups)
-        ]
-        rows.append(("all, shuffled", *(float(scale * each) for each in asked.shuffled[0])))
-        rows.append(("random", *(float(scale * each) for each in asked.random)))
-        return Table(("prompts", *(f"layer {layer}" for layer in self.layers)), tuple(rows), title)
+        names = [*self.groups, "all, shuffled", "random"]
+        values = scale * np.vstack([asked.value, asked.shuffled[:1], asked.random[None]])
+        layers = [f"layer {layer}" for layer in self.layers]
+        if len(layers) > len(names):  # many layers go downwards, where there is room
+            rows = zip(layers, values.T.tolist(), strict=True)
+            columns = ("prompts", *names)
+        else:
+            rows = zip(names, values.tolist(), strict=True)
+            columns = ("prompts", *layers)
+        return Table(columns, tuple((name, *row) for name, row in rows), title)
 
 
 class Neighbours:
@@ -141,19 +145,26 @@ class Neighbours:
         order = self._random.permutation(len(routes))
         order = order[np.argsort(routes.prompt[order], kind="stable")]
         for place, layer in enumerate(routes.expert_ids):
-            for kind, ids in enumerate((layer, layer[order])):
-                for asked, values in enumerate(_agreement(ids[here], ids[here + 1])):
-                    summed = np.bincount(unit, values, len(self.units))
-                    self.sums[kind, asked, :, place] += summed
+            first, chosen = layer[:, 0], expert_sets(layer, routes.router_width)
+            for kind, rows in enumerate((None, order)):
+                self._count(kind, place, unit, first, chosen, rows, here)
 
-
-def _agreement(ids: NDArray, following: NDArray) -> tuple[NDArray, NDArray, NDArray]:
-    """For pairs of rows [pairs, k]: same first choice, any in common, how many in common."""
-    shared = np.zeros(len(ids), dtype=np.uint16)
-    for slot in range(ids.shape[1]):
-        column = ids[:, slot : slot + 1]
-        shared += ((column == following) & (column != NO_EXPERT)).sum(axis=1, dtype=np.uint16)
-    return ids[:, 0] == following[:, 0], shared > 0, shared
+    def _count(
+        self,
+        kind: int,
+        place: int,
+        unit: NDArray[np.int64],
+        first: NDArray[np.unsignedinteger],
+        chosen: NDArray[np.uint64],
+        order: NDArray[np.int64] | None,
+        here: NDArray[np.int64],
+    ) -> None:
+        if order is not None:
+            first, chosen = first[order], chosen[order]
+        shared = shared_experts(chosen[here], chosen[here + 1])
+        answers = (first[here] == first[here + 1], shared > 0, shared)
+        for asked, values in enumerate(answers):
+            self.sums[kind, asked, :, place] += np.bincount(unit, values, len(self.units))
 
 
 def locality(trace: Trace, *, seed: int = 0, progress: Progress | None = None) -> Locality:
