@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_lens.compress import calibrate
-from moe_lens.compress.calibration.layer_sample import sample_layers
 from moe_lens.compress.checkpoint.in_memory import in_memory
 from moe_lens.compress.merging.merging import ALIGNMENTS, GROUPINGS, ROUTER_ROWS, WEIGHTS, Merging
 from moe_lens.compress.merging.planning import plan_merge_to
 from moe_lens.compress.verification.losses import compare
 from moe_lens.corpus import read_corpus
+from moe_lens.experts.layer_sample import sample_layers
 from moe_lens.router import ExpertRouter
 
 

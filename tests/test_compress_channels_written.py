@@ -23,10 +23,10 @@ from moe_lens.compress import (
 )
 from moe_lens.compress.calibration.calibration import calibrate
 from moe_lens.compress.checkpoint.expert_width import WidthKeys, Widths, width_for
-from moe_lens.compress.tensors.quantisation import Quantisation
 from moe_lens.compress.tensors.regroup import regrouped
 from moe_lens.corpus import read_corpus
 from moe_lens.errors import UnsupportedModelError, UsageError
+from moe_lens.experts.quantisation import Quantisation
 from moe_lens.router import ExpertRouter
 from tiny_models import save_checkpoint
 from twins import merge_plan, narrow_plan, write_words

@@ -15,8 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import load, load_model, save_model
 
 from moe_lens.compress import calibrate, compress, plan_merge, read_plan, write
-from moe_lens.compress.calibration.layer_sample import LayerSample, all_outputs, sample_layers
-from moe_lens.compress.merging.alignment import channels, match, orders, weight_rows
+from moe_lens.compress.merging.alignment import orders
 from moe_lens.compress.merging.cluster_methods import (
     Cluster,
     hc_smoe,
@@ -31,12 +30,15 @@ from moe_lens.compress.merging.similarity_sources import (
     SOURCES,
     Answers,
     parse_mixture,
-    weight_gram,
 )
 from moe_lens.compress.plan.router_row import RouterRow
 from moe_lens.compress.statistics.statistics import Calibration
 from moe_lens.corpus import read_corpus
 from moe_lens.errors import UsageError
+from moe_lens.experts.answers import all_outputs
+from moe_lens.experts.channels import channels, match, weight_rows
+from moe_lens.experts.cosines import weight_gram
+from moe_lens.experts.layer_sample import LayerSample, sample_layers
 from moe_lens.families import find_moe_layers
 from moe_lens.router import ExpertRouter
 from tiny_models import save_checkpoint

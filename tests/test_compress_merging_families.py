@@ -11,12 +11,12 @@ from mlx_lm.utils import load_model
 from transformers import PreTrainedTokenizerFast
 
 from moe_lens.compress import Plan, calibrate
-from moe_lens.compress.calibration.layer_sample import sample_layers
 from moe_lens.compress.checkpoint.checkpoint import write_checkpoint
 from moe_lens.compress.merging.merging import Merging
 from moe_lens.compress.merging.planning import plan_merge_to
 from moe_lens.compress.tensors.parent import Parent
 from moe_lens.corpus import read_corpus
+from moe_lens.experts.layer_sample import sample_layers
 from moe_lens.router import ExpertRouter
 from tiny_models import CONFIGS, save_checkpoint
 from twins import write_words

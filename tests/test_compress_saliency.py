@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from moe_lens.compress import Calibration, calibrate, plan_every_prune, plan_prune
-from moe_lens.compress.calibration.layer_sample import sample_layers
 from moe_lens.compress.pruning.weight_shape import aimer
 from moe_lens.compress.statistics.blending import Blend
 from moe_lens.compress.statistics.saliency import FORMULAS, METHODS, saliency
 from moe_lens.compress.statistics.super_experts import super_experts
 from moe_lens.corpus import Corpus, read_corpus
 from moe_lens.errors import UsageError
+from moe_lens.experts.layer_sample import sample_layers
 from moe_lens.override import Override
 from moe_lens.router import ExpertRouter
 from tiny_models import save_checkpoint

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lens.corpus import Corpus
+from moe_lens.corpus.batches import draw_prompts
+from moe_lens.experts.layer_sample import sample_layers
 from moe_lens.families import STOCK
 from moe_lens.telling import Progress, Say, Stage, StageProgress, begin
 
 from .applied_plan import applicable
 from .calibration.calibration import identify, identify_corpus
-from .calibration.layer_sample import sample_layers
 from .calibration.notes import calibration_notes
 from .calibration.statistics_reuse import calibrate_channels_once, calibrate_once
-from .calibration.texts import draw_prompts
 from .calibration.validation_split import split
 from .checkpoint.expert_width import down_quantisations, width_for, widths_of
 from .checkpoint.model_file import check_no_own_file

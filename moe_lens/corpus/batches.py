@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["BATCH_TOKENS", "pad", "plan_batches", "plan_shards"]
+__all__ = ["BATCH_TOKENS", "draw_prompts", "pad", "plan_batches", "plan_shards"]
 
 # Padded tokens of one forward. More does not run faster and takes memory in proportion.
 BATCH_TOKENS = 8192
@@ -72,3 +72,19 @@ def pad(tokens: Sequence[NDArray[np.int32]]) -> tuple[NDArray[np.int32], list[in
     for row, ids in enumerate(tokens):
         padded[row, : len(ids)] = ids
     return padded, lengths
+
+
+def draw_prompts(tokens: Sequence[Sequence[int]], count: int, seed: int) -> list[Sequence[int]]:
+    """Whole prompts, drawn at random until `count` tokens are together.
+
+    A corpus may be sorted by label, so its beginning would not do.
+    """
+    drawn: list[Sequence[int]] = []
+    size = 0
+    for prompt in np.random.default_rng(seed).permutation(len(tokens)):
+        if size >= count:
+            break
+        if len(tokens[prompt]):
+            drawn.append(tokens[prompt])
+            size += len(tokens[prompt])
+    return drawn

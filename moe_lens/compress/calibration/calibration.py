@@ -25,6 +25,7 @@ from moe_lens.compress.statistics.statistics import UNLABELLED, Calibration, Col
 from moe_lens.corpus import Corpus
 from moe_lens.corpus.batches import pad, plan_batches, plan_shards
 from moe_lens.errors import CaptureError, UnsupportedModelError, UsageError
+from moe_lens.experts.layer_sample import FORWARD_BYTES, forward_tokens
 from moe_lens.streaming import Batch
 from moe_lens.telling import Progress
 
@@ -44,7 +45,7 @@ compared on some 500 tokens, with 128 of 8 on some 250."""
 STOP_TOKENS = 8192
 """Tokens after which one asks whether the ranking of the experts is stable."""
 
-_BATCH_BYTES, _BATCH_TOKENS = 512 << 20, 4096
+_BATCH_BYTES = FORWARD_BYTES
 
 
 def calibrate(
@@ -233,13 +234,8 @@ def _parts(
 
 
 def batch_tokens(router: ExpertRouter) -> int:
-    """Tokens of one forward, so that the experts' outputs of a layer stay below 512 MiB.
-
-    The logits of the head are never computed.
-    """
-    slots = max(layer.k + 1 for layer in router.layers)
-    hidden = router.info.hidden_size or 4096
-    return max(1, min(_BATCH_TOKENS, _BATCH_BYTES // (4 * slots * hidden)))
+    """Tokens of one forward; see `forward_tokens`."""
+    return forward_tokens(router, _BATCH_BYTES)
 
 
 def _sample(

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 
 from moe_lens.compress.statistics.array_file import Arrays
 from moe_lens.compress.statistics.channel_statistics import ChannelCalibration, ChannelStatistics
-from moe_lens.compress.tensors.merge import unpack
-from moe_lens.compress.tensors.quantisation import Quantisation
 from moe_lens.corpus import Corpus
 from moe_lens.corpus.batches import pad, plan_batches
 from moe_lens.errors import CaptureError, UsageError
+from moe_lens.experts.quantisation import Quantisation, unpack
 from moe_lens.families import MoELayer, down_name
 from moe_lens.instrument import Forward
 from moe_lens.streaming import Batch

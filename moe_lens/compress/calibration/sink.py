@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from moe_lens import kernels
 from moe_lens.compress.statistics.array_file import Arrays
 from moe_lens.compress.statistics.routed_sums import Floats, RoutedSums, added, total
-from moe_lens.compress.statistics.similarity import Evaluate, compare_outputs, evaluate_all
+from moe_lens.compress.statistics.similarity import compare_outputs
 from moe_lens.compress.statistics.statistics import NOT_AN_EXPERT, UNLABELLED, LayerStatistics
 from moe_lens.compress.statistics.statistics_file import layers_as_arrays, layers_from_arrays
+from moe_lens.experts.answers import Evaluate, evaluate_all
 from moe_lens.families import MoELayer
 from moe_lens.instrument import Forward
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from moe_lens.corpus import Corpus, read_corpus
 
@@ -35,19 +32,3 @@ def bundled_note(model: str | Path, purposes: list[str]) -> str | None:
             f"{options}"
         )
     return note
-
-
-def draw_prompts(tokens: Sequence[Sequence[int]], count: int, seed: int) -> list[Sequence[int]]:
-    """Whole prompts, drawn at random until `count` tokens are together.
-
-    A corpus may be sorted by label, so its beginning would not do.
-    """
-    drawn: list[Sequence[int]] = []
-    size = 0
-    for prompt in np.random.default_rng(seed).permutation(len(tokens)):
-        if size >= count:
-            break
-        if len(tokens[prompt]):
-            drawn.append(tokens[prompt])
-            size += len(tokens[prompt])
-    return drawn

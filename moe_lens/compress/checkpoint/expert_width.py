@@ -20,9 +20,9 @@ from typing import Any
 from mlx.utils import tree_flatten
 from mlx_lm.utils import _get_classes
 
-from moe_lens.compress.tensors.quantisation import Quantisation
 from moe_lens.compress.tensors.regroup import own_groups, smallest_group
 from moe_lens.errors import UnsupportedModelError, UsageError
+from moe_lens.experts.quantisation import Quantisation
 from moe_lens.families import MoELayer
 
 from .config_keys import change_number, parts

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_lens.compress.calibration.layer_sample import LayerSample, sample_layers, sample_reason
 from moe_lens.compress.calibration.statistics_reuse import (
     calibrate_channels_once,
     calibrate_once,
@@ -20,6 +19,7 @@ from moe_lens.compress.statistics.statistics import Calibration
 from moe_lens.compress.tensors.unpacked import fastest
 from moe_lens.corpus import Corpus
 from moe_lens.errors import DiskError, MoeLensError, UnsupportedModelError
+from moe_lens.experts.layer_sample import LayerSample, sample_layers, sample_reason
 from moe_lens.families import AUTO
 from moe_lens.telling import Say, StageProgress, begin
 

@@ -10,8 +10,8 @@ from mlx_lm.utils import MODEL_REMAPPING
 from moe_lens.compress.plan.plan import Plan
 from moe_lens.compress.tensors.parameters import smaller_parameters
 from moe_lens.compress.tensors.parent import Parent
-from moe_lens.compress.tensors.quantisation import Quantisation
 from moe_lens.errors import UnsupportedModelError
+from moe_lens.experts.quantisation import Quantisation
 
 from .expert_layout import Tensors
 from .from_mlx import REMEDY, from_mlx

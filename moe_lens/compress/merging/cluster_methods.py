@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.cluster.hierarchy import fcluster, linkage
 
+from moe_lens.experts.cosines import cosines, gram_cosines
+
 from .grouping import Group
-from .similarity_sources import cosines, gram_cosines
 
 Floats = NDArray[np.float64]
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moe_lens.compress.calibration.texts import draw_prompts
 from moe_lens.compress.checkpoint.in_memory import in_memory
 from moe_lens.compress.plan.limits import Limits
 from moe_lens.compress.plan.plan import LayerPlan, Plan
 from moe_lens.compress.statistics.statistics import NOT_AN_EXPERT, Calibration, LayerStatistics
 from moe_lens.compress.tensors.unpacked import run_fastest
 from moe_lens.compress.verification.losses import Comparison, compare, with_k
+from moe_lens.corpus.batches import draw_prompts
 from moe_lens.telling import Progress
 
 if TYPE_CHECKING:

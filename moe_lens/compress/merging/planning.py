@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from moe_lens.compress.calibration.layer_sample import LayerSample
 from moe_lens.compress.plan.limits import Limits
 from moe_lens.compress.plan.plan import LayerPlan, Plan
 from moe_lens.compress.plan.plan_json import validate
@@ -14,6 +13,7 @@ from moe_lens.compress.pruning.pruning import removed_per_group
 from moe_lens.compress.statistics.similarity import SCALE, Similarity, similarity
 from moe_lens.compress.statistics.statistics import Calibration
 from moe_lens.errors import MoeLensError, UsageError
+from moe_lens.experts.layer_sample import LayerSample
 from moe_lens.telling import Progress
 
 from .grouping import LayerTree, layer_tree, threshold_for_share, uniform_count

@@ -9,11 +9,11 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.compress.calibration.layer_sample import LayerSample
 from moe_lens.compress.plan.plan import ExpertGroup
 from moe_lens.compress.statistics.saliency import saliency
 from moe_lens.compress.statistics.similarity import Similarity
 from moe_lens.compress.statistics.statistics import LayerStatistics
+from moe_lens.experts.layer_sample import LayerSample
 
 from .alignment import orders
 from .cluster_methods import Cluster, hc_smoe, m_smoe, ream, ream_similarity

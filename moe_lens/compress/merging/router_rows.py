@@ -21,12 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from moe_lens.compress.calibration.layer_sample import LayerSample
 from moe_lens.compress.plan.plan import ExpertGroup
 from moe_lens.compress.plan.router_row import RouterRow
-from moe_lens.compress.tensors.merge import unpack
-from moe_lens.compress.tensors.quantisation import Quantisation
 from moe_lens.errors import UsageError
+from moe_lens.experts.layer_sample import LayerSample
+from moe_lens.experts.matrices import router_weights
 from moe_lens.families import MoELayer
 from moe_lens.kernels.reference import expert_scores
 
@@ -141,19 +140,6 @@ def _left_singular(inputs: Floats) -> tuple[Floats, Floats]:
     if not wide:
         vectors = inputs @ vectors / np.sqrt(squares)
     return vectors, squares
-
-
-def router_weights(layer: MoELayer) -> tuple[Floats, Floats | None]:
-    """[router width, hidden] the router's rows, and its biases [router width] where it has any."""
-    router = layer.router
-    leaves = {name: value for name, value in router.items() if isinstance(value, mx.array)}
-    packed = Quantisation.of(router)
-    weight = leaves["weight"] if packed is None else unpack(leaves, packed)
-    bias = leaves.get("bias")
-    return (
-        np.array(weight.astype(mx.float32), np.float64),
-        None if bias is None else np.array(bias.astype(mx.float32), np.float64),
-    )
 
 
 def _selection_biases(

@@ -14,17 +14,14 @@ from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
-from moe_lens.compress.calibration.layer_sample import LayerSample, all_outputs
 from moe_lens.compress.statistics.similarity import Similarity
 from moe_lens.compress.statistics.statistics import LayerStatistics
-from moe_lens.compress.tensors.expert_weights import expert_modules
 from moe_lens.errors import UsageError
-from moe_lens.families import MoELayer
+from moe_lens.experts.answers import all_outputs
+from moe_lens.experts.cosines import Floats, cosines, gram_cosines, weight_gram
+from moe_lens.experts.layer_sample import LayerSample
 from moe_lens.kernels.reference import expert_scores
-
-Floats = NDArray[np.float64]
 
 SOURCES: dict[str, str] = {
     "outputs": "mean over tokens of max(0, cosine) of both outputs, on tokens routed to either",
@@ -41,8 +38,6 @@ OURS: dict[str, float] = {"outputs": 0.5, "overlap": 0.5}
 
 SAMPLED = frozenset(SOURCES) - frozenset(OURS)
 """Sources that need a sample of the layer."""
-
-_CHUNK_BYTES = 256 << 20
 
 
 def parse_mixture(text: str) -> dict[str, float]:
@@ -159,38 +154,3 @@ def mixed(mixture: Mapping[str, float], found: Similarity, answers: Answers | No
         total += share * answers.source(name)
     np.fill_diagonal(total, 1.0)
     return total
-
-
-def cosines(vectors: Floats) -> Floats:
-    """[E, E] cosines of [E, n] vectors; 0 where one is zero, 1 on the diagonal."""
-    return gram_cosines(vectors @ vectors.T)
-
-
-def gram_cosines(gram: Floats) -> Floats:
-    """[E, E] cosines from the Gram matrix of the vectors."""
-    lengths = np.sqrt(np.maximum(np.diag(gram), 0))
-    scale = lengths[:, None] * lengths[None, :]
-    found = np.divide(gram, scale, out=np.zeros_like(gram), where=scale > 0)
-    found = np.clip((found + found.T) / 2, -1, 1)
-    np.fill_diagonal(found, 1.0)
-    return found
-
-
-def weight_gram(layer: MoELayer) -> Floats:
-    """[E, E] inner products of all weight matrices of two experts, in chunks of 256 MiB."""
-    with layer.reading():
-        return _weight_gram(layer)
-
-
-def _weight_gram(layer: MoELayer) -> Floats:
-    experts = layer.num_experts
-    gram = np.zeros((experts, experts))
-    every = [expert_modules(layer, expert) for expert in range(experts)]
-    for name, first in every[0].items():
-        rows, columns = first.shape
-        step = max(1, _CHUNK_BYTES // (4 * experts * columns))
-        for start in range(0, rows, step):
-            part = mx.stack([each[name].rows(start, start + step) for each in every])
-            flat = part.reshape(experts, -1)
-            gram += np.array(flat @ flat.T, np.float64)
-    return gram

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from moe_lens.compress.calibration.layer_sample import sample_layers
 from moe_lens.compress.plan.plan import Plan
 from moe_lens.compress.pruning.pruning import removed_per_group
 from moe_lens.compress.stages import CHOOSING_K, PLANNING, SAMPLING
 from moe_lens.compress.statistics.statistics import Calibration
 from moe_lens.errors import UsageError
+from moe_lens.experts.layer_sample import sample_layers
 from moe_lens.telling import StageProgress, begin
 
 from .experts_per_token import choose_experts_per_token

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.compress.calibration.layer_sample import LayerSample
 from moe_lens.compress.plan.plan import LayerPlan
 from moe_lens.compress.statistics.similarity import Similarity
 from moe_lens.compress.statistics.statistics import LayerStatistics
+from moe_lens.experts.layer_sample import LayerSample
 
 from .cluster_methods import average_linkage
 from .grouping import Group, complete_linkage

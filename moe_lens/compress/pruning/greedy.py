@@ -18,12 +18,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.compress.calibration.layer_sample import (
-    VALUES,
-    LayerSample,
-    all_outputs,
-    sample_reason,
-)
+from moe_lens.experts.answers import all_outputs
+from moe_lens.experts.layer_sample import VALUES, LayerSample, sample_reason
 from moe_lens.families import MoELayer
 
 CANDIDATES = 8

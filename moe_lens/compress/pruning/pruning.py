@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.compress.calibration.layer_sample import LayerSample
 from moe_lens.compress.plan.identity import ModelIdentity
 from moe_lens.compress.plan.limits import Limits
 from moe_lens.compress.plan.plan import ExpertGroup, LayerPlan, Plan
@@ -29,6 +28,7 @@ from moe_lens.compress.statistics.statistics import Calibration
 from moe_lens.compress.statistics.super_experts import DEFINITION as SUPER_EXPERTS
 from moe_lens.compress.statistics.super_experts import super_experts
 from moe_lens.errors import UsageError
+from moe_lens.experts.layer_sample import LayerSample
 from moe_lens.telling import Progress
 
 from .greedy import remove_greedily

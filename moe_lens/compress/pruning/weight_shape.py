@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.compress.tensors.expert_weights import expert_modules
+from moe_lens.experts.matrices import expert_modules
 from moe_lens.families import MoELayer
 
 

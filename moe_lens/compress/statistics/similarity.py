@@ -13,15 +13,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from moe_lens.families.class_swap import call_original
+from moe_lens.experts.answers import Evaluate
 
 from .statistics import NOT_AN_EXPERT, LayerStatistics
 
@@ -39,9 +37,6 @@ SCALE = (
 )
 
 _CHUNK_BYTES = 64 << 20
-
-Evaluate = Callable[[mx.array], mx.array]
-"""[tokens, hidden] -> [tokens, E, hidden]: what every expert answers to every token."""
 
 
 @dataclass(frozen=True)
@@ -82,24 +77,6 @@ def _ratio(sums: NDArray[np.float64], counts: NDArray[np.int64]) -> NDArray[np.f
 def _unit_diagonal(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
     np.fill_diagonal(matrix, 1.0)
     return matrix
-
-
-def evaluate_all(experts: Any, num_experts: int) -> Evaluate:
-    """A function that runs every expert of a layer on every token.
-
-    Args:
-        experts: A ``SwitchGLU`` or ``SwitchMLP``, or a list of experts.
-        num_experts: E.
-    """
-    if isinstance(experts, list):
-        return lambda x: mx.stack([call_original(expert, x) for expert in experts], axis=1)
-
-    def run(x: mx.array) -> mx.array:
-        ids = mx.broadcast_to(mx.arange(num_experts, dtype=mx.uint32), (len(x), num_experts))
-        outputs: mx.array = call_original(experts, x, ids)
-        return outputs
-
-    return run
 
 
 def compare_outputs(

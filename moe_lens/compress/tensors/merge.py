@@ -14,17 +14,13 @@ at a time, so memory does not grow with the number of experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import mlx.core as mx
 
 from moe_lens.compress.plan.plan import ExpertGroup
-
-from .quantisation import Quantisation
-
-Leaves = dict[str, mx.array]
-"""The tensors of one Linear by their last name: weight, scales, biases, bias, global_scale."""
+from moe_lens.experts.quantisation import Leaves, Quantisation, unpack
 
 Side = Literal["out", "in"]
 """Where a Linear of an expert has the channels: they are what it gives, or what it reads."""
@@ -142,21 +138,6 @@ def mean(arrays: Sequence[mx.array], weights: Sequence[float]) -> mx.array:
     for array, weight in zip(arrays[1:], weights[1:], strict=True):
         total = total + array.astype(mx.float32) * weight
     return total
-
-
-def unpack(leaves: Mapping[str, mx.array], quantisation: Quantisation) -> mx.array:
-    """The weight of a packed Linear (one expert, where there is a global scale) in float32."""
-    scale = leaves.get("global_scale")
-    return mx.dequantize(
-        leaves["weight"],
-        leaves["scales"],
-        leaves.get("biases"),
-        quantisation.group_size,
-        quantisation.bits,
-        quantisation.mode,
-        global_scale=None if scale is None else scale.reshape(()),
-        dtype=mx.float32,
-    )
 
 
 def pack(rows: mx.array, like: Leaves, quantisation: Quantisation) -> Leaves:

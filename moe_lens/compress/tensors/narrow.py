@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from .merge import Leaves, pack, unpack
-from .quantisation import Quantisation
+from moe_lens.experts.quantisation import Leaves, Quantisation, unpack
+
+from .merge import pack
 from .regroup import checked_groups
 
 Channels = Sequence[Sequence[int]]

@@ -9,11 +9,11 @@ import mlx.core as mx
 
 from moe_lens.compress.plan.plan import ExpertGroup, LayerPlan, Plan
 from moe_lens.errors import UsageError
+from moe_lens.experts.quantisation import Leaves, Quantisation
 
-from .merge import Leaves, Side, merge_members, merge_rows
+from .merge import Side, merge_members, merge_rows
 from .narrow import Channels, narrow_down, narrow_rows
 from .parent import LayerTensors, Parent
-from .quantisation import Quantisation
 from .regroup import checked_groups
 from .router_tensors import smaller_router
 

@@ -10,10 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
+from moe_lens.experts.quantisation import Quantisation
 from moe_lens.families import MoELayer, down_name, find_moe_layers
 from moe_lens.loading import load
 
-from .quantisation import Quantisation
 from .size import Size
 from .unread import Unread, find_unread
 

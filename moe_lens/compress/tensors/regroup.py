@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from moe_lens.errors import UsageError
-
-from .quantisation import Quantisation
+from moe_lens.experts.quantisation import Quantisation
 
 AFFINE_GROUPS = (128, 64, 32)
 """What ``mx.quantize`` takes in mode ``affine``, largest first."""

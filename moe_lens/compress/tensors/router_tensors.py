@@ -14,9 +14,9 @@ import mlx.core as mx
 from moe_lens.compress.plan.plan import ExpertGroup
 from moe_lens.compress.plan.router_row import RouterRow
 from moe_lens.errors import UsageError
+from moe_lens.experts.quantisation import Leaves, Quantisation
 
-from .merge import Leaves, merge_rows, pack
-from .quantisation import Quantisation
+from .merge import merge_rows, pack
 
 
 def smaller_router(

@@ -17,9 +17,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from moe_lens.errors import UsageError
+from moe_lens.experts.quantisation import Quantisation
 
 from .parent import LayerTensors, Parent
-from .quantisation import Quantisation
 from .regroup import checked_groups
 
 _HEADER_BYTES = 128

@@ -17,10 +17,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
+from moe_lens.experts.quantisation import Quantisation
 from moe_lens.families import AUTO, STOCK, decide
 from moe_lens.machine.facts import memory
-
-from .quantisation import Quantisation
 
 if TYPE_CHECKING:
     from moe_lens.router import ExpertRouter

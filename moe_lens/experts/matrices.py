@@ -1,15 +1,16 @@
-"""The weights of single experts of a live model, one matrix at a time, unpacked."""
+"""The weights of single experts of a live model, one matrix at a time, and of its routers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from moe_lens.families import MoELayer
 
-from .merge import Leaves, unpack
-from .quantisation import Quantisation
+from .quantisation import Leaves, Quantisation, unpack
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,16 @@ def expert_modules(layer: MoELayer, expert: int) -> dict[str, Matrix]:
             leaves = {name: value[expert] for name, value in leaves.items()}
         found[path.rpartition(".")[2]] = Matrix(leaves, Quantisation.of(module))
     return dict(sorted(found.items()))
+
+
+def router_weights(layer: MoELayer) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
+    """[router width, hidden] the router's rows, and its biases [router width] where it has any."""
+    router = layer.router
+    leaves = {name: value for name, value in router.items() if isinstance(value, mx.array)}
+    packed = Quantisation.of(router)
+    weight = leaves["weight"] if packed is None else unpack(leaves, packed)
+    bias = leaves.get("bias")
+    return (
+        np.array(weight.astype(mx.float32), np.float64),
+        None if bias is None else np.array(bias.astype(mx.float32), np.float64),
+    )

@@ -1,4 +1,4 @@
-"""What the layers of a model read on a sample of the calibration tokens.
+"""What the layers of a model read on a sample of the tokens of a text.
 
 Some methods need more than sums: the same tokens sent through every expert, tried again under
 another routing, or fitted by a new router row. They get the inputs of a bounded sample of tokens,
@@ -14,20 +14,15 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from moe_lens.compress.statistics.similarity import evaluate_all
-from moe_lens.corpus.batches import pad, plan_batches
+from moe_lens.corpus.batches import draw_prompts, pad, plan_batches
 from moe_lens.errors import CaptureError, UnsupportedModelError
 from moe_lens.families import MoELayer
-from moe_lens.families.class_swap import call_original
 from moe_lens.instrument import Forward
 from moe_lens.streaming import Batch
 from moe_lens.telling import Progress
 
-from .calibration import batch_tokens
-from .texts import draw_prompts
-
 if TYPE_CHECKING:
-    from moe_lens.router import ExpertRouter
+    from moe_lens.routed_model import RoutedModel
 
 TOKENS = 1024
 """Sampled tokens, at most."""
@@ -37,9 +32,10 @@ OUTPUT_BYTES = 256 << 20
 taken where they would be larger. One layer is held at a time."""
 
 READ_TOKENS = 8192
-"""Calibration tokens that are run to draw the sample from."""
+"""Tokens that are run to draw the sample from."""
 
-_CHUNK_BYTES = 64 << 20
+FORWARD_BYTES, FORWARD_TOKENS = 512 << 20, 4096
+
 VALUES = ("expert_inputs", "router_logits")
 """What is kept of every layer."""
 
@@ -100,14 +96,14 @@ def sample_reason(layers: Sequence[MoELayer], names: Sequence[str]) -> str | Non
 
 
 def sample_layers(
-    router: ExpertRouter,
+    router: RoutedModel,
     tokens: Sequence[Sequence[int]],
     seed: int = 0,
     progress: Progress | None = None,
     *,
     router_inputs: bool = False,
 ) -> list[LayerSample]:
-    """Run some calibration text and keep what every layer reads on a sample of its tokens.
+    """Run some of a text and keep what every layer reads on a sample of its tokens.
 
     Memory: the inputs and logits of at most `TOKENS` tokens for every layer, in the model's own
     dtype, and one batch of them.
@@ -145,7 +141,7 @@ def sample_layers(
             mask[row, : lengths[prompt]] = chosen[prompt]
         return Batch(ids, real, mask.reshape(-1))
 
-    planned = plan_batches(range(len(drawn)), lengths, 64, batch_tokens(router))
+    planned = plan_batches(range(len(drawn)), lengths, 64, forward_tokens(router))
     with router.recording(sink):
         for wave in router.waves(map(batch_of, planned)):
             router.forwards(wave)
@@ -155,38 +151,16 @@ def sample_layers(
     return sink.samples()
 
 
+def forward_tokens(router: RoutedModel, most_bytes: int = FORWARD_BYTES) -> int:
+    """Tokens of one forward, so that the experts' outputs of a layer stay below `most_bytes`.
+
+    The logits of the head are never computed.
+    """
+    slots = max(layer.k + 1 for layer in router.layers)
+    hidden = router.info.hidden_size or 4096
+    return max(1, min(FORWARD_TOKENS, most_bytes // (4 * slots * hidden)))
+
+
 def sample_size(layer: MoELayer, hidden: int | None) -> int:
     """How many tokens' outputs of all experts stay within `OUTPUT_BYTES`, at most `TOKENS`."""
     return max(1, min(TOKENS, OUTPUT_BYTES // (4 * layer.num_experts * (hidden or 4096))))
-
-
-def all_outputs(sample: LayerSample) -> mx.array:
-    """[S, E, width] in float32 what every expert answers, evaluated in chunks of 64 MiB."""
-    with sample.layer.reading():
-        return _all_outputs(sample)
-
-
-def _all_outputs(sample: LayerSample) -> mx.array:
-    layer = sample.layer
-    step = max(1, _CHUNK_BYTES // (4 * layer.num_experts * sample.inputs.shape[-1]))
-    evaluate = evaluate_all(layer.experts, layer.num_experts)
-    parts = []
-    for start in range(0, len(sample.inputs), step):
-        inputs = sample.inputs[start : start + step]
-        if layer.family.weights_on_input:
-            found = _weighted_on_input(layer, inputs, sample.logits[start : start + step])
-        else:
-            found = evaluate(inputs)
-        parts.append(found.astype(mx.float32))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts)
-
-
-def _weighted_on_input(layer: MoELayer, inputs: mx.array, logits: mx.array) -> mx.array:
-    """[S, E, width] of experts whose input carries their weight, which is the expert's own."""
-    answers = []
-    for expert in range(layer.num_experts):
-        ids = mx.full((len(inputs), 1), expert, mx.uint32)
-        _, weights = layer.route(logits, inputs.dtype, ids=ids)
-        answers.append(call_original(layer.experts, inputs * weights, ids))
-    return mx.concatenate(answers, axis=1)

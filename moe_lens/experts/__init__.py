@@ -1,0 +1,1 @@
+"""What the experts of a loaded model are: their weights, channels, and answers to one text."""
