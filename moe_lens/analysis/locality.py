@@ -254,7 +254,7 @@ def _asked(
         if each.sum() > 1:
             sizes = np.maximum(drawn[:, each] @ pairs, 1)
             means = (drawn[:, each] @ seen.sums[0, place, each]) / sizes[:, None]
-            low[row], high[row] = interval(means)
+            low[row], high[row] = interval(means, units=int(each.sum()))
     return Agreement(unit, value, low, high, shuffled, random)
 
 

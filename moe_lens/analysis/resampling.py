@@ -9,12 +9,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-__all__ = ["FALSE_SHARE", "RESAMPLES", "draws", "false_discovery", "interval", "shuffles"]
+__all__ = ["FALSE_SHARE", "RESAMPLES", "draws", "false_discovery", "interval", "shuffles", "spread"]
 
 RESAMPLES = 1000
 """Draws of an interval, and shuffles of a null where the cost allows."""
@@ -22,7 +23,7 @@ RESAMPLES = 1000
 FALSE_SHARE = 0.05
 """Largest expected share of false claims among the claims that are made."""
 
-LOW, HIGH = 0.025, 0.975
+LOW = 0.025
 
 
 def draws(
@@ -44,10 +45,41 @@ def draws(
     return table
 
 
-def interval(drawn: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The middle 95 % of what `draws` gave: quantiles along the first axis."""
-    low, high = np.quantile(drawn, (LOW, HIGH), axis=0)
-    return low, high
+def interval(
+    drawn: NDArray[np.floating], *, units: int | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The middle 95 % of what `draws` gave: quantiles along the first axis.
+
+    Args:
+        drawn: [resamples, ...].
+        units: From how many units was drawn. Of few, the quantiles are moved outwards: drawing
+            from n units has (n - 1) / n of their variance, and n units leave Student's tails
+            (Hesterberg 2015, doi 10.1080/00031305.2015.1089789, section 4.4).
+    """
+    low = LOW if units is None or units < 2 else _outer(units)
+    ends = np.quantile(drawn, (low, 1 - low), axis=0)
+    return ends[0], ends[1]
+
+
+@lru_cache(maxsize=1024)
+def _outer(units: int) -> float:
+    width = np.sqrt(units / (units - 1)) * stats.t.ppf(1 - LOW, units - 1)
+    return float(stats.norm.cdf(-width))
+
+
+def spread(
+    value: NDArray[np.float64], drawn: NDArray[np.floating], *, units: int | None = None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """An interval around `value` as wide as that of `drawn`, for numbers that noise makes larger.
+
+    An index of how uneven or how different counts are is too high on little data, and too high
+    once more in what is drawn from that data. So `drawn` is moved until its mean is `value`. What
+    remains is how far another corpus of this size would differ; how much of the value itself is
+    noise, a null says.
+    """
+    low, high = interval(drawn, units=units)
+    moved = value - drawn.mean(axis=0)
+    return low + moved, high + moved
 
 
 def shuffles(
