@@ -78,6 +78,12 @@ class Block:
     """How many identity experts follow the real ones in the router."""
     smallest_k: int = 1
     """The smallest k the block's own combination survives; slots of weight 0 fill it up."""
+    written: tuple[str, ...] = ()
+    """Modules that the routed output passes, in order, before it is added to the residual stream,
+    where there are any: norms after the block, projections out of a latent width. A path may be
+    absent from a model."""
+    not_written: str = ""
+    """Why it cannot be told what the routed output adds to the stream; empty: it can."""
     weights_on_input: bool = False
     """The weights multiply the experts' input (Llama 4), so outputs already carry them."""
     attach: Callable[[Attachment], None] | None = None

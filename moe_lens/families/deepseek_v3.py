@@ -130,6 +130,7 @@ def _gated(
     experts: str = "switch_mlp",
     experts_key: str = "n_routed_experts",
     also: tuple[str, ...] = (),
+    written: tuple[str, ...] = (),
     note: str = "",
 ) -> Block:
     """A block with DeepSeek-V3's `gate`: raw weight, correction bias, (ids, weights) returned."""
@@ -147,6 +148,7 @@ def _gated(
         shared="shared_experts",
         experts_key=experts_key,
         also=also,
+        written=written,
         note=note,
     )
 
@@ -167,6 +169,7 @@ BLOCKS = (
         "nemotron_h",
         "NemotronHMoE",
         _deepseek_v3(1e-20),
+        written=("fc2_latent_proj",),
         note="experts may work in a latent width; the routed output is before the projection back",
     ),
     _gated("dots1", "Dots1MoE", _dots1, experts="experts"),
@@ -179,6 +182,7 @@ BLOCKS = (
         experts="experts",
         selection_bias="expert_bias",
         shared="shared_experts",
+        written=("../post_mlp_layernorm",),
     ),
     Block(
         "bailing_hybrid",
@@ -234,6 +238,7 @@ BLOCKS = (
         k="args.num_experts_per_token",
         selection_bias="e_score_correction_bias",
         shared="shared_experts",
+        written=("routed_expert_norm", "routed_expert_up_proj"),
         k_key="num_experts_per_token",
         note="experts may work in a latent width; the routed output is before the projection back",
     ),

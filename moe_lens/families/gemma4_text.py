@@ -42,6 +42,7 @@ BLOCKS = (
         per_expert_scale="router.per_expert_scale",
         shared="mlp",
         routed="experts",
+        written=("post_feedforward_layernorm_2", "post_feedforward_layernorm"),
         also=("gemma4", "gemma4_unified"),
         k_key="top_k_experts",
         note="the dense MLP that runs beside the experts stands for the shared expert",

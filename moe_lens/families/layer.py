@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from moe_lens.errors import UsageError
+from moe_lens.errors import UnsupportedModelError, UsageError
 from moe_lens.kernels import Groups, Kernel, Rule
 
+from .class_swap import call_original
 from .declaration import Block, attribute
 
 REFERENCE = Kernel("never")
@@ -145,6 +146,43 @@ class MoELayer:
         if name == "shared_output" and self.shared_module is None:
             return self.family.without.get(name, "this layer has no shared expert")
         return self.family.without.get(name)
+
+    def written(self, vectors: mx.array) -> mx.array:
+        """What the layer adds to the residual stream if `vectors` are all that its experts give.
+
+        Up to a factor. Mostly that is `vectors` itself; norms and projections that stand behind
+        the block are the model's own.
+
+        Args:
+            vectors: [n, width of an expert's output].
+
+        Returns:
+            [n, hidden].
+
+        Raises:
+            UnsupportedModelError: It cannot be told, with the reason.
+        """
+        self.check_written()
+        for path in self.family.written:
+            try:
+                module = self.module(path)
+            except AttributeError:
+                continue
+            if module is not None:
+                vectors = call_original(module, vectors[None])[0]
+        return vectors
+
+    def check_written(self) -> None:
+        """Refuse where `written` cannot be told.
+
+        Raises:
+            UnsupportedModelError: With the reason.
+        """
+        if self.family.not_written:
+            raise UnsupportedModelError(
+                f"what experts of layer {self.index} write into the residual stream cannot be "
+                f"told: {self.family.not_written}; look at their routing instead"
+            )
 
     def describe_rule(self) -> str:
         """The rule in one line, for people."""

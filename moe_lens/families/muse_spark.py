@@ -105,6 +105,8 @@ BLOCKS = (
         selection_bias="gate.e_score_correction_bias",
         attach=_attach,
         experts_key="num_local_experts",
+        not_written="the block's output is normed and gated channel by channel on its way into "
+        "the stream, and so is the stream itself in every later layer",
         note="Metal only in mlx-lm; each expert output is normed before its weight, in a latent "
         "width, so the routed output is the sum of weights times normed outputs",
     ),

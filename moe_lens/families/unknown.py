@@ -17,6 +17,7 @@ from .layer import MoELayer, enclosing
 from .seams import Attachment, observe_experts
 
 NO_RULE = "the block's routing rule is not known to moe-lens; only capture works"
+NO_PATH = "what stands between this unknown block and the stream is not declared"
 
 
 def _rule(block: Any) -> Rule:
@@ -38,6 +39,7 @@ def unknown_block(model_type: str, block: nn.Module, experts: str) -> Block:
         experts=experts,
         seam="inline",
         attach=_attach,
+        not_written=NO_PATH,
         without={"router_logits": NO_RULE, "router_inputs": NO_RULE, "shared_output": NO_RULE}
         | dict.fromkeys(OVERRIDES, NO_RULE),
         note="unknown architecture: ids, weights and outputs by the expert seam alone",

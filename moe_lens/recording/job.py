@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -18,12 +18,18 @@ from moe_lens.streaming import Batch
 from moe_lens.telling import Progress
 from moe_lens.trace import TokenTexts
 
-from .recorders import ProfileRecorder, RouteRecorder
-
 if TYPE_CHECKING:
     from moe_lens.routed_model import RoutedModel
 
-__all__ = ["Job", "Report"]
+__all__ = ["Job", "Recorder", "Report"]
+
+
+class Recorder(Protocol):
+    """A sink of the forwards that a job runs, which knows how much it has seen."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens seen so far."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +104,31 @@ class Job:
     def run(
         self,
         router: RoutedModel,
-        recorder: RouteRecorder | ProfileRecorder,
+        recorder: Recorder,
         prompts: Sequence[int],
         report: Report,
+        take: Callable[[Batch, mx.array], None] | None = None,
     ) -> None:
         """Run some of the prompts; the recorder, already attached, sees every forward.
+
+        Args:
+            router: The model.
+            recorder: Counts the tokens it has seen.
+            prompts: Places in the corpus.
+            report: Is told of the tokens done.
+            take: Gets each batch with its logits [B, L, vocabulary], lazily. Without it the head
+                is never computed.
 
         Raises:
             CaptureError: The recorder saw fewer or more tokens than ran.
         """
-        for wave in router.waves(self._batches(prompts)):
+        for wave in router.waves(self.batches(prompts)):
             before = recorder.num_tokens
-            router.forwards(wave)
+            logits = router.forwards(wave)
+            if take is not None:
+                for batch in wave:  # popped, so that only one batch has its logits in memory
+                    take(batch, logits.pop(0))
+            logits.clear()
             ran = sum(sum(batch.lengths or ()) for batch in wave)
             if recorder.num_tokens - before != ran:
                 raise CaptureError(
@@ -119,7 +138,8 @@ class Job:
             report.add(ran)
             mx.clear_cache()
 
-    def _batches(self, prompts: Sequence[int]) -> Iterator[Batch]:
+    def batches(self, prompts: Sequence[int]) -> Iterator[Batch]:
+        """Some of the prompts in forwards; each says which prompts it holds and their labels."""
         for batch in plan_batches(prompts, self.lengths, self.batch_size):
             labels = [self.corpus.prompts[index].label for index in batch]
             ids, lengths = pad([self.tokens[index] for index in batch])
