@@ -55,14 +55,68 @@ def counting(trace: Trace) -> None:
     routed_counts(trace)
 
 
+def balance(trace: Trace) -> None:
+    from moe_lens.analysis.balance import balance as find
+
+    find(trace)
+
+
+def experts(trace: Trace) -> None:
+    from moe_lens.analysis.taxonomy import name_experts
+
+    name_experts(trace)
+
+
+def domains(trace: Trace) -> None:
+    from moe_lens.analysis.domains import domains as find
+
+    find(trace)
+
+
+def vocabulary(trace: Trace) -> None:
+    from moe_lens.analysis.vocabulary import count_ids, routed_vocabulary
+
+    routed_vocabulary(count_ids(trace))
+
+
+def coactivation(trace: Trace) -> None:
+    from moe_lens.analysis.coactivation import coactivation as find
+
+    find(trace)
+
+
+def pipeline(trace: Trace) -> None:
+    from moe_lens.analysis.pipeline import pipeline as find
+
+    find(trace)
+
+
 def locality(trace: Trace) -> None:
     from moe_lens.analysis.locality import locality as find
 
     find(trace)
 
 
+def similarity(trace: Trace) -> None:
+    """By routing."""
+    from moe_lens.analysis.similarity.compared import Material, compare
+
+    compare(Material(trace=trace), ("routing",))
+
+
+def saturation(trace: Trace) -> None:
+    """Of one checkpoint against another; both read the same files."""
+    from moe_lens.analysis.saturation import saturation as find
+
+    find([trace, trace])
+
+
 ANALYSES: dict[str, Callable[[Trace], None]] = {
-    each.__name__: each for each in (reading, counting, locality)
+    each.__name__: each
+    for each in (
+        *(reading, counting, balance, experts, domains, vocabulary, coactivation, pipeline),
+        *(locality, similarity, saturation),
+    )
 }
 
 

@@ -13,6 +13,7 @@ from moe_lens.errors import UsageError
 from moe_lens.telling import LOADING, Progress, Stage, StageProgress, begin
 
 from . import screen
+from .bundles import Reads
 from .models import load
 from .progress import stages
 
@@ -23,19 +24,6 @@ if TYPE_CHECKING:
 RECORDING = Stage("recording", "tokens")
 READING = Stage("reading", "tokens")
 DEFAULT_DATA = "demo"
-
-
-@dataclass(frozen=True)
-class Reads:
-    """The text of an analysis, and how a model runs it."""
-
-    data: str | None
-    sample_size: int | None
-    sequence_length: int | None
-    chat_template: bool
-    seed: int
-    trust_remote_code: bool
-    stream: bool | None
 
 
 @dataclass(frozen=True)
@@ -110,14 +98,7 @@ def analysed(
 
 
 def _refuse_text(source: str, reads: Reads) -> None:
-    given = {
-        "--data": reads.data,
-        "--sample-size": reads.sample_size,
-        "--sequence-length": reads.sequence_length,
-        "--chat-template": reads.chat_template or None,
-    }
-    asked = [option for option, value in given.items() if value is not None]
-    if asked:
+    if asked := reads.about_text():
         raise UsageError(
             f"{source} is a recorded run, whose text is recorded, too: leave out {asked[0]}, or "
             "give a model"

@@ -8,8 +8,12 @@ import typer
 
 from moe_lens import __version__
 
+from .balance import balance
+from .coactivation import coactivation
 from .compress import compress
 from .doctor import doctor
+from .domains import domains
+from .experts import experts
 from .families import families
 from .frontier import frontier
 from .generate import generate
@@ -17,9 +21,13 @@ from .heatmap import heatmap
 from .help import Grouped
 from .info import info
 from .locality import locality
+from .pipeline import pipeline
 from .plan import plan
+from .saturation import saturation
+from .similarity import similarity
 from .trace import trace
 from .verify import verify
+from .vocab import vocab
 
 # Plain help, not rich's panels: they take 0.2 s to import (Pygments, Markdown) and wrap badly in
 # 80 columns.
@@ -49,7 +57,7 @@ def moe_lens(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """See, change and compress the expert routing of mixture-of-experts models on MLX.
+    """See, explain, change and compress the routing of mixture-of-experts models on MLX.
 
     MODEL is a folder that mlx_lm.load opens, a model of the Hugging Face hub (owner/name), or
     demo: a small trained model that comes with moe-lens.
@@ -57,6 +65,7 @@ def moe_lens(
     \b
     moe-lens info demo
     moe-lens heatmap demo --prompt "def fib(n):"
+    moe-lens experts demo
     moe-lens compress demo --threshold 0.8 --output demo-small
     moe-lens verify demo demo-small
 
@@ -67,7 +76,8 @@ def moe_lens(
 
 for command in (
     *(info, families, generate, trace, heatmap),
-    *(locality,),
+    *(experts, domains, vocab, coactivation, pipeline),
+    *(balance, locality, similarity, saturation),
     *(compress, plan, frontier, verify, doctor),
 ):
     app.command(

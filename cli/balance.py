@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from .analysed import Reads, analysed
+from .analysed import analysed
+from .bundles import Reads, Shown, bundled
 from .found import present
 from .options import (
-    AnalysedText,
-    ChatTemplate,
-    Json,
-    PictureFile,
-    PictureTheme,
-    SampleSize,
-    Seed,
-    SequenceLength,
     Source,
-    Stream,
-    Theme,
-    TrustRemoteCode,
 )
 
 
+@bundled
 def balance(
     source: Source,
-    data: AnalysedText = None,
-    output: PictureFile = None,
-    theme: PictureTheme = Theme.LIGHT,
-    sample_size: SampleSize = None,
-    sequence_length: SequenceLength = None,
-    chat_template: ChatTemplate = False,
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    stream: Stream = None,
-    json: Json = False,
+    reads: Reads,
+    shown: Shown,
 ) -> None:
     """Show how evenly experts are loaded, layer by layer.
 
@@ -45,11 +28,8 @@ def balance(
     """
     from moe_lens.analysis.balance import balance as find
 
-    reads = Reads(
-        data, sample_size, sequence_length, chat_template, seed, trust_remote_code, stream
-    )
     with analysed(source, reads, router_logits=True) as read:
-        found = find(read.trace, seed=seed, progress=read.progress)
-    from moe_lens.figures.balance import save_balance
+        found = find(read.trace, seed=reads.seed, progress=read.progress)
+    from moe_lens.figures.balance import draw_balance
 
-    present(found, read.name, output=output, save=save_balance, theme=theme, as_json=json)
+    present(found, read.name, shown, draw_balance)

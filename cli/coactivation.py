@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from . import screen
-from .analysed import Reads, analysed
+from .analysed import analysed
+from .bundles import Reads, Shown, bundled
 from .found import present
 from .graphs import check_graphs, write_graphs
 from .options import (
-    AnalysedText,
-    ChatTemplate,
     GraphFile,
-    Json,
-    PictureFile,
-    PictureTheme,
-    SampleSize,
-    Seed,
-    SequenceLength,
     Source,
-    Stream,
-    Theme,
-    TrustRemoteCode,
 )
 
 
+@bundled
 def coactivation(
     source: Source,
-    data: AnalysedText = None,
-    output: PictureFile = None,
+    reads: Reads,
+    shown: Shown,
     graph: GraphFile = None,
     layer: Annotated[
         int | None,
@@ -43,14 +35,6 @@ def coactivation(
             help="Count the share over pairs of neighbouring ranks only, as OLMoE's script does.",
         ),
     ] = False,
-    theme: PictureTheme = Theme.LIGHT,
-    sample_size: SampleSize = None,
-    sequence_length: SequenceLength = None,
-    chat_template: ChatTemplate = False,
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    stream: Stream = None,
-    json: Json = False,
 ) -> None:
     """Show which experts are chosen together.
 
@@ -64,14 +48,13 @@ def coactivation(
     """
     from moe_lens.analysis.coactivation import coactivation as find
     from moe_lens.analysis.coactivation import coactivation_graph
-    from moe_lens.figures.coactivation import save_coactivation
+    from moe_lens.figures.coactivation import draw_coactivation
 
     check_graphs(graph)
-    reads = Reads(
-        data, sample_size, sequence_length, chat_template, seed, trust_remote_code, stream
-    )
     with analysed(source, reads) as read:
-        found = find(read.trace, adjacent_ranks=adjacent_ranks, seed=seed, progress=read.progress)
+        found = find(
+            read.trace, adjacent_ranks=adjacent_ranks, seed=reads.seed, progress=read.progress
+        )
     if layer is not None:
         found.place(layer)
     graphs = write_graphs(
@@ -79,16 +62,14 @@ def coactivation(
         lambda: coactivation_graph(found, layer),
         title=f"{found.title} · {read.name}",
         definition=found.definition,
-        theme=theme,
+        theme=shown.theme,
     )
     present(
         found,
         read.name,
-        output=output,
-        save=lambda *given, **kept: save_coactivation(*given, layer=layer, **kept),
-        theme=theme,
-        as_json=json,
+        shown,
+        partial(draw_coactivation, layer=layer),
         more={"graphs": graphs} if graphs else None,
     )
-    if not json:
+    if not shown.json:
         screen.show(*map(str, graphs))

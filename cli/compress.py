@@ -111,7 +111,7 @@ def compress(
     stream: Stream = None,
     as_json: Json = False,
 ) -> None:
-    """Merge, remove or narrow experts, and measure what that costs.
+    """Merge, remove or narrow experts; measure the cost.
 
     \b
     moe-lens compress demo --ratio 0.25 --output demo-small

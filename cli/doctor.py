@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def doctor(json: Json = False) -> None:
-    """What this machine gives: versions, device, memory, speed, hub.
+    """Show what this machine gives: versions, device, speed.
 
     \b
     moe-lens doctor

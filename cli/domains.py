@@ -6,21 +6,11 @@ from typing import Annotated
 
 import typer
 
-from .analysed import Reads, analysed
+from .analysed import analysed
+from .bundles import Reads, Shown, bundled
 from .found import present
 from .options import (
-    AnalysedText,
-    ChatTemplate,
-    Json,
-    PictureFile,
-    PictureTheme,
-    SampleSize,
-    Seed,
-    SequenceLength,
     Source,
-    Stream,
-    Theme,
-    TrustRemoteCode,
 )
 
 Choices = Annotated[
@@ -35,19 +25,12 @@ Choices = Annotated[
 ]
 
 
+@bundled
 def domains(
     source: Source,
-    data: AnalysedText = None,
+    reads: Reads,
+    shown: Shown,
     choices: Choices = None,
-    output: PictureFile = None,
-    theme: PictureTheme = Theme.LIGHT,
-    sample_size: SampleSize = None,
-    sequence_length: SequenceLength = None,
-    chat_template: ChatTemplate = False,
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    stream: Stream = None,
-    json: Json = False,
 ) -> None:
     """Show which experts prefer which domain.
 
@@ -60,11 +43,8 @@ def domains(
     """
     from moe_lens.analysis.domains import domains as find
 
-    reads = Reads(
-        data, sample_size, sequence_length, chat_template, seed, trust_remote_code, stream
-    )
     with analysed(source, reads) as read:
-        found = find(read.trace, choices=choices, seed=seed, progress=read.progress)
-    from moe_lens.figures.domains import save_domains
+        found = find(read.trace, choices=choices, seed=reads.seed, progress=read.progress)
+    from moe_lens.figures.domains import draw_domains
 
-    present(found, read.name, output=output, save=save_domains, theme=theme, as_json=json)
+    present(found, read.name, shown, draw_domains)

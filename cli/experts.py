@@ -9,21 +9,11 @@ import typer
 
 from moe_lens.errors import UsageError
 
-from .analysed import Reads, analysed
+from .analysed import analysed
+from .bundles import Reads, Shown, bundled
 from .found import present
 from .options import (
-    AnalysedText,
-    ChatTemplate,
-    Json,
-    PictureFile,
-    PictureTheme,
-    SampleSize,
-    Seed,
-    SequenceLength,
     Source,
-    Stream,
-    Theme,
-    TrustRemoteCode,
 )
 
 
@@ -46,9 +36,11 @@ class Sort(StrEnum):
     SHARE = "share"
 
 
+@bundled
 def experts(
     source: Source,
-    data: AnalysedText = None,
+    reads: Reads,
+    shown: Shown,
     layer: Annotated[
         int | None, typer.Option(metavar="N", min=0, help="List the experts of layer N.")
     ] = None,
@@ -82,15 +74,6 @@ def experts(
             "care, 1 where it takes nothing else. Below 0.5, random routers get names, too.",
         ),
     ] = 0.5,
-    output: PictureFile = None,
-    theme: PictureTheme = Theme.LIGHT,
-    sample_size: SampleSize = None,
-    sequence_length: SequenceLength = None,
-    chat_template: ChatTemplate = False,
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    stream: Stream = None,
-    json: Json = False,
 ) -> None:
     """Name every expert by what it does, with the evidence.
 
@@ -106,28 +89,26 @@ def experts(
     from moe_lens.analysis.taxonomy import Thresholds, name_experts
 
     cell = _cell(expert, layer, role, name)
-    reads = Reads(
-        data, sample_size, sequence_length, chat_template, seed, trust_remote_code, stream
-    )
     with analysed(source, reads) as read:
         _check(read.trace, layer, cell)
         found = name_experts(
             read.trace,
             clusters=clusters,
             thresholds=Thresholds(focus=min_focus),
-            seed=seed,
+            seed=reads.seed,
             progress=read.progress,
         )
-    from moe_lens.figures.experts import save_experts
 
-    shown = found.page(*cell) if cell else None
+    from moe_lens.figures.experts import draw_experts
+
+    page = found.page(*cell) if cell else None
     wanted = None if role is None else role.replace("-", " ")
-    listed = shown or found.select(layer=layer, role=wanted, name=name, sort=sort)
+    listed = page or found.select(layer=layer, role=wanted, name=name, sort=sort)
 
-    def save(_: Any, path: Any, **options: Any) -> Any:
-        return save_experts(found, path, **options)  # the map is of all experts, whatever is listed
+    def draw(_: Any, **options: Any) -> Any:
+        return draw_experts(found, **options)  # the map is of all experts, whatever is listed
 
-    present(listed, read.name, output=output, save=save, theme=theme, as_json=json)
+    present(listed, read.name, shown, draw)
 
 
 def _cell(

@@ -30,7 +30,7 @@ def families(
     ] = None,
     json: Json = False,
 ) -> None:
-    """The supported model types: what can be seen and changed in each.
+    """List model types: what can be seen and changed in each.
 
     \b
     moe-lens families

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import screen
+from .bundles import Shown
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from moe_lens.analysis.result import Result
     from moe_lens.analysis.table import Table
 
@@ -16,11 +18,9 @@ if TYPE_CHECKING:
 def present(
     result: Result,
     name: str,
+    shown: Shown,
+    draw: Callable[..., Figure],
     *,
-    output: Path | None = None,
-    save: Callable[..., Path] | None = None,
-    theme: str = "light",
-    as_json: bool = False,
     more: dict[str, Any] | None = None,
 ) -> None:
     """Show a result.
@@ -28,15 +28,16 @@ def present(
     Args:
         result: What was found.
         name: The model.
-        output: Picture to write, with `save`.
-        save: ``save(result, path, style=, subtitle=)`` of the result's figure.
-        theme: Background of the picture.
-        as_json: Print JSON, and nothing else.
+        shown: How.
+        draw: ``draw(result, style=, subtitle=)``, its picture.
         more: Entries of the JSON beside the result, such as other files that were written.
     """
-    if output is not None and save is not None:
-        output = save(result, output, style=str(theme), subtitle=name)
-    if as_json:
+    output = shown.output
+    if output is not None:
+        from moe_lens.figures.picture_file import save_picture
+
+        output = save_picture(draw, result, output, style=str(shown.theme), subtitle=name)
+    if shown.json:
         screen.emit_json({"model": name, "output": output, **(more or {}), **result.to_dict()})
         return
     screen.heading(f"{result.title} · {name}", first=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,6 +14,7 @@ from .options import (
     CpuExpertsMode,
     Json,
     Model,
+    PictureFile,
     PromptLength,
     Seed,
     Stream,
@@ -37,10 +37,7 @@ def frontier(
         list[str] | None,
         typer.Option(metavar="NAME", help="Only this method. Repeatable; all by default."),
     ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write a picture: .png, .svg or .pdf."),
-    ] = None,
+    output: PictureFile = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -65,7 +62,7 @@ def frontier(
     stream: Stream = None,
     as_json: Json = False,
 ) -> None:
-    """Show what every method loses at several sizes, writing no model.
+    """Show what every method loses at several sizes.
 
     \b
     moe-lens frontier demo
@@ -76,10 +73,6 @@ def frontier(
     from moe_lens.compress.choice.frontier import RATIOS
     from moe_lens.compress.choice.frontier import frontier as measure
 
-    if output is not None:
-        from moe_lens.figures.picture_file import picture_format
-
-        picture_format(output)
     with stages() as progress:
         found = measure(
             model,

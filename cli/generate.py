@@ -73,7 +73,7 @@ def generate(
     stream: Stream = None,
     json: Json = False,
 ) -> None:
-    """Generate text, with fewer, masked or forced experts if asked.
+    """Generate text, with other routing if asked.
 
     \b
     moe-lens generate demo --prompt "def fib(n):" --experts-per-token 1 --compare

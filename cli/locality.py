@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from .analysed import Reads, analysed
+from .analysed import analysed
+from .bundles import Reads, Shown, bundled
 from .found import present
 from .options import (
-    AnalysedText,
-    ChatTemplate,
-    Json,
-    PictureFile,
-    PictureTheme,
-    SampleSize,
-    Seed,
-    SequenceLength,
     Source,
-    Stream,
-    Theme,
-    TrustRemoteCode,
 )
 
 
+@bundled
 def locality(
     source: Source,
-    data: AnalysedText = None,
-    output: PictureFile = None,
-    theme: PictureTheme = Theme.LIGHT,
-    sample_size: SampleSize = None,
-    sequence_length: SequenceLength = None,
-    chat_template: ChatTemplate = False,
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    stream: Stream = None,
-    json: Json = False,
+    reads: Reads,
+    shown: Shown,
 ) -> None:
     """Show how often neighbouring tokens share experts.
 
@@ -44,11 +27,8 @@ def locality(
     """
     from moe_lens.analysis.locality import locality as find
 
-    reads = Reads(
-        data, sample_size, sequence_length, chat_template, seed, trust_remote_code, stream
-    )
     with analysed(source, reads) as read:
-        found = find(read.trace, seed=seed, progress=read.progress)
-    from moe_lens.figures.locality import save_locality
+        found = find(read.trace, seed=reads.seed, progress=read.progress)
+    from moe_lens.figures.locality import draw_locality
 
-    present(found, read.name, output=output, save=save_locality, theme=theme, as_json=json)
+    present(found, read.name, shown, draw_locality)

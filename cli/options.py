@@ -118,9 +118,36 @@ AnalysedText = Annotated[
     ),
 ]
 
+
+def _picture(output: Path | None) -> Path | None:
+    """Refuse a format that pictures are not written in before anything runs."""
+    if output is not None:
+        from moe_lens.figures.formats import picture_format
+
+        picture_format(output)
+    return output
+
+
 PictureFile = Annotated[
     Path | None,
-    typer.Option("--output", "-o", metavar="FILE", help="Write a picture: .png, .svg or .pdf."),
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE",
+        callback=_picture,
+        help="Write a picture: .png, .svg or .pdf.",
+    ),
+]
+
+
+GraphFile = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--graph",
+        metavar="FILE",
+        help="Write the graph: .html (a page to explore), .dot, .json (node-link), .graphml or "
+        ".mmd (Mermaid). Repeatable.",
+    ),
 ]
 
 

@@ -10,23 +10,13 @@ import typer
 
 from moe_lens.errors import UsageError
 
-from .analysed import Reads, analysed
+from .analysed import analysed
+from .bundles import Reads, Shown, bundled
 from .found import present
 from .graphs import check_graphs, write_graphs
 from .options import (
-    AnalysedText,
-    ChatTemplate,
     GraphFile,
-    Json,
-    PictureFile,
-    PictureTheme,
-    SampleSize,
-    Seed,
-    SequenceLength,
     Source,
-    Stream,
-    Theme,
-    TrustRemoteCode,
 )
 
 
@@ -37,10 +27,11 @@ class View(StrEnum):
     DEPTH = "depth"
 
 
+@bundled
 def pipeline(
     source: Source,
-    data: AnalysedText = None,
-    output: PictureFile = None,
+    reads: Reads,
+    shown: Shown,
     view: Annotated[
         View,
         typer.Option(help="What the picture shows: flow from layer to layer, or lines over depth."),
@@ -56,15 +47,7 @@ def pipeline(
     width: Annotated[
         int, typer.Option(metavar="N", min=1, help="Experts of a chain in each MoE layer.")
     ] = 1,
-    theme: PictureTheme = Theme.LIGHT,
     graph: GraphFile = None,
-    sample_size: SampleSize = None,
-    sequence_length: SequenceLength = None,
-    chat_template: ChatTemplate = False,
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    stream: Stream = None,
-    json: Json = False,
 ) -> None:
     """Follow tokens through the experts of successive MoE layers.
 
@@ -78,42 +61,32 @@ def pipeline(
     Shows the chain of experts that each label's tokens take, what a layer's choice tells of the
     next, experts of successive layers that do the same work, and specialisation by depth.
     """
-    shown = _layers(layers)
+    places = _layers(layers)
     if view is View.DEPTH and (label or layers):
         raise UsageError("--label and --layers choose what the flow shows; leave out --view depth")
-    if output is None and (label or layers or view is View.DEPTH):
+    if shown.output is None and (label or layers or view is View.DEPTH):
         raise UsageError("--view, --label and --layers are of the picture; add --output FILE")
     check_graphs(graph)
     from moe_lens.analysis.pipeline import pipeline as find
     from moe_lens.analysis.pipeline import pipeline_graph
+    from moe_lens.figures.pipeline import draw_pipeline
+    from moe_lens.figures.pipeline_depth import draw_depth
 
-    reads = Reads(
-        data, sample_size, sequence_length, chat_template, seed, trust_remote_code, stream
-    )
     with analysed(source, reads) as read:
-        found = find(read.trace, width=width, seed=seed, progress=read.progress)
+        found = find(read.trace, width=width, seed=reads.seed, progress=read.progress)
     graphs = write_graphs(
         graph,
         lambda: pipeline_graph(found),
         title=f"{found.title} · {read.name}",
         definition=found.definition,
-        theme=theme,
+        theme=shown.theme,
     )
-    from moe_lens.figures.pipeline import save_pipeline
-    from moe_lens.figures.pipeline_depth import save_depth
-
-    save = (
-        save_depth
-        if view is View.DEPTH
-        else functools.partial(save_pipeline, label=label, layers=shown)
-    )
+    flow = functools.partial(draw_pipeline, label=label, layers=places)
     present(
         found,
         read.name,
-        output=output,
-        save=save,
-        theme=theme,
-        as_json=json,
+        shown,
+        draw_depth if view is View.DEPTH else flow,
         more={"graphs": graphs} if graphs else None,
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import screen
-from .options import Json
+from .options import Json, PictureFile
 
 if TYPE_CHECKING:
     from moe_lens.compress import Plan
@@ -26,10 +26,7 @@ def plan(
             help="A plan: plan.json of a smaller model, its folder, or what --save-plan wrote.",
         ),
     ],
-    output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write a picture: .png, .svg or .pdf."),
-    ] = None,
+    output: PictureFile = None,
     as_json: Json = False,
 ) -> None:
     """Show a plan: which experts stay, become one, or go.
@@ -41,10 +38,6 @@ def plan(
     The plan is checked like one that is applied, so this also tells whether an edited plan adds
     up. The picture has a cell for every expert of every layer.
     """
-    if output is not None:
-        from moe_lens.figures.picture_file import picture_format
-
-        picture_format(output)
     from moe_lens.compress import read_plan
 
     place = file.expanduser()

@@ -6,7 +6,7 @@ import tempfile
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,21 +15,9 @@ from moe_lens.telling import Stage, begin
 
 from . import screen
 from .analysed import DEFAULT_DATA
+from .bundles import Reads, Shown, bundled
 from .found import present
 from .models import load
-from .options import (
-    AnalysedText,
-    ChatTemplate,
-    Json,
-    PictureFile,
-    PictureTheme,
-    SampleSize,
-    Seed,
-    SequenceLength,
-    Stream,
-    Theme,
-    TrustRemoteCode,
-)
 from .progress import stages
 
 if TYPE_CHECKING:
@@ -38,6 +26,7 @@ if TYPE_CHECKING:
 COMPARING = Stage("comparing", "tokens")
 
 
+@bundled
 def saturation(
     folders: Annotated[
         list[str],
@@ -48,7 +37,8 @@ def saturation(
             "order of the numbers in their names; or two or more checkpoints, first to last.",
         ),
     ],
-    data: AnalysedText = None,
+    reads: Reads,
+    shown: Shown,
     work: Annotated[
         Path | None,
         typer.Option(
@@ -58,19 +48,10 @@ def saturation(
             "stopped, and does not run a checkpoint twice.",
         ),
     ] = None,
-    output: PictureFile = None,
     fraction: Annotated[
         bool,
         typer.Option("--fraction", help="In the picture, the share of the steps instead of steps."),
     ] = False,
-    theme: PictureTheme = Theme.LIGHT,
-    sample_size: SampleSize = None,
-    sequence_length: SequenceLength = None,
-    chat_template: ChatTemplate = False,
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    stream: Stream = None,
-    json: Json = False,
 ) -> None:
     """Show when in training routing settles.
 
@@ -83,28 +64,30 @@ def saturation(
     models of one architecture and tokenizer; one is in memory at a time.
     """
     from moe_lens.analysis.saturation import saturation as find
-    from moe_lens.figures.saturation import save_saturation
+    from moe_lens.figures.saturation import draw_saturation
     from moe_lens.recording.checkpoints import find_checkpoints, record_checkpoints
 
-    if fraction and output is None:
+    if fraction and shown.output is None:
         raise UsageError("--fraction is about the picture; name its file with --output")
     found = find_checkpoints(folders)
     if found[0].recorded:
-        _refuse(found, data, work, sample_size, sequence_length, chat_template)
-    elif data is None:
+        _refuse(found, reads, work)
+    elif reads.data is None:
         screen.note("no --data given: the text that comes with moe-lens is used (--data demo)")
     folder = tempfile.TemporaryDirectory(prefix="moe-lens-") if work is None else nullcontext(work)
     with stages() as show, folder as place:
         traces = record_checkpoints(
             found,
-            data or DEFAULT_DATA,
+            reads.data or DEFAULT_DATA,
             place,
-            load=lambda path: load(str(path), trust_remote_code, stream=stream, spinner=False),
+            load=lambda path: load(
+                str(path), reads.trust_remote_code, stream=reads.stream, spinner=False
+            ),
             progress=show,
-            sample_size=sample_size,
-            sequence_length=sequence_length,
-            chat_template=chat_template,
-            seed=seed,
+            sample_size=reads.sample_size,
+            sequence_length=reads.sequence_length,
+            chat_template=reads.chat_template,
+            seed=reads.seed,
         )
         for note in traces[-1].notes:
             screen.note(note)
@@ -112,30 +95,15 @@ def saturation(
             traces,
             names=[each.name for each in found],
             steps=[each.step for each in found],
-            seed=seed,
+            seed=reads.seed,
             progress=begin(show, COMPARING),
         )
     name = Path(folders[0]).resolve().name if len(folders) == 1 else found[-1].name
-    save = partial(save_saturation, fraction=fraction)
-    present(result, name, output=output, save=save, theme=theme, as_json=json)
+    present(result, name, shown, partial(draw_saturation, fraction=fraction))
 
 
-def _refuse(
-    found: list[Checkpoint],
-    data: str | None,
-    work: Path | None,
-    sample_size: int | None,
-    sequence_length: int | None,
-    chat_template: bool,
-) -> None:
-    given: dict[str, Any] = {
-        "--data": data,
-        "--work": work,
-        "--sample-size": sample_size,
-        "--sequence-length": sequence_length,
-        "--chat-template": chat_template or None,
-    }
-    asked = [option for option, value in given.items() if value is not None]
+def _refuse(found: list[Checkpoint], reads: Reads, work: Path | None) -> None:
+    asked = [*reads.about_text(), *([] if work is None else ["--work"])]
     if asked:
         raise UsageError(
             f"{found[0].name} and the others are recorded runs, whose text is recorded, too: "

@@ -12,22 +12,12 @@ from moe_lens.errors import UsageError
 from moe_lens.telling import LOADING
 
 from . import screen
-from .analysed import Reads, analysed
+from .analysed import analysed
+from .bundles import Reads, Shown, bundled
 from .found import present
 from .models import load
 from .options import (
-    AnalysedText,
-    ChatTemplate,
-    Json,
-    PictureFile,
-    PictureTheme,
-    SampleSize,
-    Seed,
-    SequenceLength,
     Source,
-    Stream,
-    Theme,
-    TrustRemoteCode,
 )
 from .progress import stages
 
@@ -37,8 +27,11 @@ if TYPE_CHECKING:
     from moe_lens.instrument import Sink
 
 
+@bundled
 def similarity(
     source: Source,
+    reads: Reads,
+    shown: Shown,
     kinds: Annotated[
         str | None,
         typer.Option(
@@ -68,8 +61,6 @@ def similarity(
             "take seconds.",
         ),
     ] = None,
-    data: AnalysedText = None,
-    output: PictureFile = None,
     measure: Annotated[
         str | None,
         typer.Option(
@@ -84,7 +75,6 @@ def similarity(
             metavar="N", min=0, show_default=False, help="A layer the picture shows. Repeatable."
         ),
     ] = None,
-    theme: PictureTheme = Theme.LIGHT,
     matrices: Annotated[
         Path | None,
         typer.Option(
@@ -94,13 +84,6 @@ def similarity(
             "where they are up to a million.",
         ),
     ] = None,
-    sample_size: SampleSize = None,
-    sequence_length: SequenceLength = None,
-    chat_template: ChatTemplate = False,
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    stream: Stream = None,
-    json: Json = False,
 ) -> None:
     """Show how alike the experts of each layer are.
 
@@ -114,25 +97,22 @@ def similarity(
     """
     from moe_lens.analysis.similarity.compared import Material, compare
     from moe_lens.experts.layer_sample import sample_layers
-    from moe_lens.figures.similarity import save_similarity
+    from moe_lens.figures.similarity import draw_similarity
     from moe_lens.trace import is_trace
 
     run = is_trace(source)
     chosen = _kinds(kinds, source, run)
-    find = partial(compare, kinds=chosen, align=_pairs(align), spectra=spectra, seed=seed)
+    find = partial(compare, kinds=chosen, align=_pairs(align), spectra=spectra, seed=reads.seed)
     if "weights" not in chosen and (align is not None or spectra is not None):
         option = "--align" if align is not None else "--spectra"
         raise UsageError(f"{option} is about weights, which are not compared here; leave it out")
-    if output is None and (measure is not None or layer):
+    if shown.output is None and (measure is not None or layer):
         option = "--layer" if measure is None else "--measure"
         raise UsageError(f"{option} is about the picture; name its file with --output")
-    reads = Reads(
-        data, sample_size, sequence_length, chat_template, seed, trust_remote_code, stream
-    )
     if chosen == ["weights"]:
         _refuse_text(reads)
         with stages(LOADING) as show:
-            router = load(source, trust_remote_code, stream=stream, spinner=False)
+            router = load(source, reads.trust_remote_code, stream=reads.stream, spinner=False)
             found, name = find(Material(router.layers), progress=show), router.name
     else:
         watched = _Watched("outputs" in chosen)
@@ -141,25 +121,18 @@ def similarity(
                 material = Material(trace=read.trace)
             else:
                 tokens = [routes.token_ids.tolist() for routes in read.trace.prompts()]
-                sample = partial(sample_layers, read.router, tokens, seed)
+                sample = partial(sample_layers, read.router, tokens, reads.seed)
                 material = Material(read.router.layers, read.trace, sample, watched.means)
             found, name = find(material, progress=read.show), read.name
     for note in watched.notes if chosen != ["weights"] else []:
         screen.note(note)
-    save = partial(save_similarity, measure=measure, layers=layer)
+    draw = partial(draw_similarity, measure=measure, layers=layer)
     more = {} if matrices is None else {"matrices": found.save(matrices)}
-    present(found, name, output=output, save=save, theme=theme, as_json=json, more=more)
+    present(found, name, shown, draw, more=more)
 
 
 def _refuse_text(reads: Reads) -> None:
-    given = {
-        "--data": reads.data,
-        "--sample-size": reads.sample_size,
-        "--sequence-length": reads.sequence_length,
-        "--chat-template": reads.chat_template or None,
-    }
-    asked = [option for option, value in given.items() if value is not None]
-    if asked:
+    if asked := reads.about_text():
         raise UsageError(f"weights take no text: leave out {asked[0]}, or ask for more --kinds")
 
 

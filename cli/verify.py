@@ -59,7 +59,7 @@ def verify(
     stream: Stream = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a smaller model lost, on text not calibrated on.
+    """Measure what a smaller model lost, on held-out text.
 
     \b
     moe-lens verify demo demo-small

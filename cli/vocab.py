@@ -10,21 +10,11 @@ from moe_lens.errors import UnsupportedModelError, UsageError
 from moe_lens.telling import Stage, begin
 
 from . import screen
-from .analysed import DEFAULT_DATA, Analysed, Reads, analysed
+from .analysed import DEFAULT_DATA, Analysed, analysed
+from .bundles import Reads, Shown, bundled
 from .found import present
 from .options import (
-    AnalysedText,
-    ChatTemplate,
-    Json,
-    PictureFile,
-    PictureTheme,
-    SampleSize,
-    Seed,
-    SequenceLength,
     Source,
-    Stream,
-    Theme,
-    TrustRemoteCode,
 )
 from .vocab_options import By, Ids, Read, Wanted, all_texts, expert_named
 
@@ -44,9 +34,11 @@ READING_EFFECTS = Stage("reading effects", "tokens")
 PROJECTING = Stage("projecting", "layers")
 
 
+@bundled
 def vocab(
     source: Source,
-    data: AnalysedText = None,
+    reads: Reads,
+    shown: Shown,
     by: Annotated[
         By | None,
         typer.Option(
@@ -95,15 +87,6 @@ def vocab(
         str | None,
         typer.Option(metavar="TEXT", help="Show the experts of one token: its text, or id:NUMBER."),
     ] = None,
-    output: PictureFile = None,
-    theme: PictureTheme = Theme.LIGHT,
-    sample_size: SampleSize = None,
-    sequence_length: SequenceLength = None,
-    chat_template: ChatTemplate = False,
-    seed: Seed = 0,
-    trust_remote_code: TrustRemoteCode = False,
-    stream: Stream = None,
-    json: Json = False,
 ) -> None:
     """Show which tokens experts are chosen for, and push.
 
@@ -117,20 +100,17 @@ def vocab(
     What an expert pushes is the direct change of the logits by what it adds to the residual
     stream, mean over tokens routed to it; for that the model runs some of the text twice more.
     """
-    reads = Reads(
-        data, sample_size, sequence_length, chat_template, seed, trust_remote_code, stream
-    )
     pair = expert_named(expert)
-    one = Wanted(by, read_as, ids, choices, fewest, top, layer, pair, directions, token, seed)
-    if output is not None and one.alone:
+    one = Wanted(by, read_as, ids, choices, fewest, top, layer, pair, directions, token, reads.seed)
+    if shown.output is not None and one.alone:
         raise UsageError("a picture shows all experts: leave out --expert, --token or --output")
     with analysed(source, reads, watch=one.check) as read:
         if read.router is None:
             one.check_run()
         found = _found(read, reads, one)
-    from moe_lens.figures.vocabulary import save_vocabulary
+    from moe_lens.figures.vocabulary import draw_vocabulary
 
-    present(found, read.name, output=output, save=save_vocabulary, theme=theme, as_json=json)
+    present(found, read.name, shown, draw_vocabulary)
 
 
 def _found(read: Analysed, reads: Reads, wanted: Wanted) -> Result:

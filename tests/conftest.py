@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,12 @@ def kernel_factory(request: pytest.FixtureRequest) -> Callable[..., Any]:
     except metal_emulator.NoCompilerError as missing:
         pytest.fail(str(missing))
     return metal_emulator.metal_kernel
+
+
+@pytest.fixture(scope="session", autouse=True)
+def output_of_no_width() -> None:
+    """Captured output is not wrapped; xdist tells its workers the width of the terminal."""
+    os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,7 +15,8 @@ from moe_lens.analysis import distributions
 from moe_lens.analysis.balance import balance
 from moe_lens.analysis.balance.even import even_counts, even_dead, even_measures
 from moe_lens.families import registry
-from moe_lens.figures.balance import save_balance
+from moe_lens.figures.balance import draw_balance
+from moe_lens.figures.picture_file import save_picture
 from moe_lens.profile import Profile
 from moe_lens.trace import NO_EXPERT, Routes, Trace
 from route_cases import random_routes
@@ -265,10 +266,10 @@ def test_same_seed_same_result(tmp_path: Path) -> None:
 def test_pictures(tmp_path: Path, layers: tuple[int, ...]) -> None:
     routes = random_routes(3, layers=layers, lengths=(9, 8, 7), logits=len(layers) == 2)
     found = balance(trace_of(tmp_path / "run", routes))
-    one = save_balance(found, tmp_path / "one.png", subtitle="m", dpi=60)
-    two = save_balance(found, tmp_path / "two.png", subtitle="m", dpi=60)
+    one = save_picture(draw_balance, found, tmp_path / "one.png", subtitle="m", dpi=60)
+    two = save_picture(draw_balance, found, tmp_path / "two.png", subtitle="m", dpi=60)
     assert one.read_bytes() == two.read_bytes()
-    dark = save_balance(found, tmp_path / "dark.svg", style="dark")
+    dark = save_picture(draw_balance, found, tmp_path / "dark.svg", style="dark")
     assert b"<svg" in dark.read_bytes()
     html = found._repr_html_()
     assert "MaxVio" in html and "<table" in html

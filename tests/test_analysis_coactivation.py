@@ -27,7 +27,8 @@ from moe_lens.analysis.coactivation.louvain import louvain
 from moe_lens.analysis.coactivation.pair_counts import PairCounts
 from moe_lens.analysis.passes import fold
 from moe_lens.errors import CaptureError, UsageError
-from moe_lens.figures.coactivation import draw_coactivation, save_coactivation
+from moe_lens.figures.coactivation import draw_coactivation
+from moe_lens.figures.picture_file import save_picture
 from moe_lens.profile import Profile
 from moe_lens.trace import NO_EXPERT, Routes, Trace
 from route_cases import TEXTS, random_routes
@@ -386,7 +387,7 @@ def test_pictures(demo_run: Trace, tmp_path: Path, style: str, ending: str, laye
     found = coactivation(demo_run, adjacent_ranks=style == "dark")
     names = [tmp_path / f"{number}{ending}" for number in (1, 2)]
     for name in names:
-        save_coactivation(found, name, layer=layer, style=style, subtitle="$m$")
+        save_picture(draw_coactivation, found, name, layer=layer, style=style, subtitle="$m$")
     assert names[0].read_bytes() == names[1].read_bytes()
     assert "OLMoE" in found._repr_html_()
     with pytest.raises(UsageError, match="layer 0"):

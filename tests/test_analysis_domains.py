@@ -20,7 +20,8 @@ from moe_lens.analysis.domains import domains
 from moe_lens.analysis.resampling import FALSE_SHARE
 from moe_lens.analysis.units import Units
 from moe_lens.errors import UsageError
-from moe_lens.figures.domains import save_domains
+from moe_lens.figures.domains import draw_domains
+from moe_lens.figures.picture_file import save_picture
 from moe_lens.trace import NO_EXPERT, Routes, Trace
 from route_cases import random_routes
 from trace_cases import trace_of
@@ -237,10 +238,10 @@ def test_refusals(tmp_path: Path) -> None:
 def test_pictures(tmp_path: Path, layers: tuple[int, ...]) -> None:
     routes = random_routes(3, layers=layers, lengths=(9, 8, 7, 9))
     found = domains(trace_of(tmp_path / "run", routes, ["a", "$b$", "a", "$b$"]))
-    one = save_domains(found, tmp_path / "one.png", subtitle="m", dpi=60)
-    two = save_domains(found, tmp_path / "two.png", subtitle="m", dpi=60)
+    one = save_picture(draw_domains, found, tmp_path / "one.png", subtitle="m", dpi=60)
+    two = save_picture(draw_domains, found, tmp_path / "two.png", subtitle="m", dpi=60)
     assert one.read_bytes() == two.read_bytes()
-    dark = save_domains(found, tmp_path / "dark.svg", style="dark")
+    dark = save_picture(draw_domains, found, tmp_path / "dark.svg", style="dark")
     assert b"<svg" in dark.read_bytes()
     html = found._repr_html_()
     assert "OLMoE" in html and "Clearest experts" in html

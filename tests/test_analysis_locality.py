@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from moe_lens import cli
 from moe_lens.analysis.locality import locality
 from moe_lens.errors import UsageError
-from moe_lens.figures.locality import save_locality
+from moe_lens.figures.locality import draw_locality
+from moe_lens.figures.picture_file import save_picture
 from moe_lens.trace import NO_EXPERT, Routes, Trace
 from route_cases import random_routes
 from trace_cases import trace_of
@@ -112,8 +113,8 @@ def test_same_seed_same_result(tmp_path: Path) -> None:
 def test_pictures(tmp_path: Path, style: str, ending: str) -> None:
     trace = trace_of(tmp_path / "run", random_routes(lengths=(9, 8, 7)), ["a", "$b$", None])
     found = locality(trace)
-    one = save_locality(found, tmp_path / f"one{ending}", style=style, subtitle="m")
-    two = save_locality(found, tmp_path / f"two{ending}", style=style, subtitle="m")
+    one = save_picture(draw_locality, found, tmp_path / f"one{ending}", style=style, subtitle="m")
+    two = save_picture(draw_locality, found, tmp_path / f"two{ending}", style=style, subtitle="m")
     assert one.read_bytes() == two.read_bytes()
     html = found._repr_html_()
     assert "Mixtral" in html and "<table" in html

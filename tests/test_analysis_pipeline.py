@@ -20,8 +20,9 @@ from moe_lens.analysis.pipeline import Pipeline, pipeline, pipeline_graph
 from moe_lens.analysis.pipeline.chains import best_chains
 from moe_lens.analysis.pipeline.matching import dealt_anew
 from moe_lens.errors import UsageError
-from moe_lens.figures.pipeline import draw_pipeline, save_pipeline
-from moe_lens.figures.pipeline_depth import save_depth
+from moe_lens.figures.picture_file import save_picture
+from moe_lens.figures.pipeline import draw_pipeline
+from moe_lens.figures.pipeline_depth import draw_depth
 from moe_lens.trace import NO_EXPERT, Routes, Trace
 from pipeline_cases import CHAIN, alike_in_a_prompt, planted
 from route_cases import random_routes
@@ -429,7 +430,7 @@ class TestEdges:
         assert np.isnan(made.information.low).all()
         assert len(made.notes) == 1
         made.tables()
-        save_depth(made, tmp_path / "d.png")
+        save_picture(draw_depth, made, tmp_path / "d.png")
         json.loads(made.to_json())
 
     def test_no_expert_at_all(self, tmp_path: Path) -> None:
@@ -481,10 +482,12 @@ class TestPictures:
     def test_the_same_result_gives_the_same_file(
         self, found: Pipeline, tmp_path: Path, style: str, ending: str
     ) -> None:
-        saves = [save_pipeline, *([save_depth] if ending == ".png" else [])]
-        for number, save in enumerate(saves):
+        draws = [draw_pipeline, *([draw_depth] if ending == ".png" else [])]
+        for number, draw in enumerate(draws):
             paths = [tmp_path / f"{number}{turn}{ending}" for turn in "ab"]
-            one, two = (save(found, path, style=style, subtitle="$m$") for path in paths)
+            one, two = (
+                save_picture(draw, found, path, style=style, subtitle="$m$") for path in paths
+            )
             assert one.read_bytes() == two.read_bytes()
 
     def test_one_label_and_some_layers(self, found: Pipeline) -> None:

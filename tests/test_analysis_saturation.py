@@ -19,7 +19,8 @@ from moe_lens import cli
 from moe_lens.analysis.saturation import Saturation, saturation
 from moe_lens.errors import UsageError
 from moe_lens.families import find_moe_layers
-from moe_lens.figures.saturation import save_saturation
+from moe_lens.figures.picture_file import save_picture
+from moe_lens.figures.saturation import draw_saturation
 from moe_lens.recording.checkpoints import find_checkpoints, record_checkpoints
 from moe_lens.router import ExpertRouter
 from moe_lens.telling import Stage
@@ -309,7 +310,8 @@ def test_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_pictures(rising: tuple[list[Trace], Saturation], tmp_path: Path, style: str) -> None:
     _, found = rising
     one, two = (
-        save_saturation(found, tmp_path / f"{name}.svg", style=style, subtitle="m") for name in "ab"
+        save_picture(draw_saturation, found, tmp_path / f"{name}.svg", style=style, subtitle="m")
+        for name in "ab"
     )
     assert one.read_bytes() == two.read_bytes()
-    save_saturation(found, tmp_path / "c.png", fraction=True, style=style, dpi=50)
+    save_picture(draw_saturation, found, tmp_path / "c.png", fraction=True, style=style, dpi=50)

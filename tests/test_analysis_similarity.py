@@ -35,7 +35,8 @@ from moe_lens.experts.layer_sample import sample_layers
 from moe_lens.experts.matrices import expert_modules
 from moe_lens.experts.mean_outputs import MeanOutputs
 from moe_lens.families import find_moe_layers
-from moe_lens.figures.similarity import draw_similarity, expert_order, save_similarity
+from moe_lens.figures.picture_file import save_picture
+from moe_lens.figures.similarity import draw_similarity, expert_order
 from moe_lens.router import ExpertRouter
 from moe_lens.trace import Trace
 from route_cases import random_routes
@@ -401,7 +402,9 @@ def test_order_of_experts() -> None:
 @pytest.mark.parametrize("style", ["light", "dark"])
 def test_pictures(demo_found: ExpertSimilarity, tmp_path: Path, style: str) -> None:
     paths = [tmp_path / "1.svg", tmp_path / "2.svg"]
-    one, two = (save_similarity(demo_found, path, style=style, subtitle="m") for path in paths)
+    one, two = (
+        save_picture(draw_similarity, demo_found, path, style=style, subtitle="m") for path in paths
+    )
     assert one.read_bytes() == two.read_bytes()
     figure = draw_similarity(demo_found, measure="CKA", layers=[3], style=style)
     assert "CKA" in figure.get_suptitle()

@@ -24,7 +24,8 @@ from moe_lens.analysis.taxonomy.result import SORTS
 from moe_lens.analysis.taxonomy.token_classes import TokenTable, class_of
 from moe_lens.cli import experts as command
 from moe_lens.errors import MoeLensError, UsageError
-from moe_lens.figures.experts import draw_experts, save_experts
+from moe_lens.figures.experts import draw_experts
+from moe_lens.figures.picture_file import save_picture
 from moe_lens.router import ExpertRouter
 from moe_lens.trace import NO_EXPERT, Routes, TokenTexts, Trace
 from route_cases import random_routes
@@ -484,8 +485,8 @@ def test_pictures(found: Taxonomy, tmp_path: Path, layers: int, width: int, styl
         box = text.get_window_extent()
         assert limits.x0 <= box.x0 and box.x1 <= limits.x1
     if layers == 1:
-        one = save_experts(shown, tmp_path / "one.svg", style=style)
-        two = save_experts(shown, tmp_path / "two.svg", style=style)
+        one = save_picture(draw_experts, shown, tmp_path / "one.svg", style=style)
+        two = save_picture(draw_experts, shown, tmp_path / "two.svg", style=style)
         assert one.read_bytes() == two.read_bytes()
 
 

@@ -21,7 +21,8 @@ from moe_lens.analysis.vocabulary import (
     token_of,
 )
 from moe_lens.errors import UsageError
-from moe_lens.figures.vocabulary import save_vocabulary
+from moe_lens.figures.picture_file import save_picture
+from moe_lens.figures.vocabulary import draw_vocabulary
 from moe_lens.trace import NO_EXPERT, Routes, TokenTexts, Trace
 from route_cases import random_routes
 from trace_cases import trace_of
@@ -195,8 +196,8 @@ def test_a_token_by_its_text() -> None:
 def test_pictures(tmp_path: Path, ending: str, style: str) -> None:
     trace = trace_of(tmp_path / "run", random_routes(lengths=(90, 80, 70)), ["a", "$b$", None])
     found = Vocabulary.of(routed_vocabulary(count_ids(trace)), None)
-    one = save_vocabulary(found, tmp_path / f"one{ending}", style=style, subtitle="m")
-    two = save_vocabulary(found, tmp_path / f"two{ending}", style=style, subtitle="m")
+    one = save_picture(draw_vocabulary, found, tmp_path / f"one{ending}", style=style, subtitle="m")
+    two = save_picture(draw_vocabulary, found, tmp_path / f"two{ending}", style=style, subtitle="m")
     assert one.read_bytes() == two.read_bytes()
     assert "Eq. 8" in found._repr_html_()
 

@@ -25,7 +25,8 @@ from moe_lens.corpus.batches import pad
 from moe_lens.errors import UsageError
 from moe_lens.experts.directions import write_directions
 from moe_lens.families.class_swap import ClassSwaps, call_original
-from moe_lens.figures.vocabulary import save_vocabulary
+from moe_lens.figures.picture_file import save_picture
+from moe_lens.figures.vocabulary import draw_vocabulary
 from moe_lens.recording import ExpertEffects, record_effects, record_predictions
 from moe_lens.router import ExpertRouter
 from moe_lens.trace import TokenTexts, Trace
@@ -159,7 +160,7 @@ class TestNumbers:
         routed = routed_vocabulary(count_ids(trace))
         for number, sides in enumerate([(routed, written), (None, written)]):
             both = Vocabulary.of(*sides)
-            path = save_vocabulary(both, tmp_path / f"{number}.png", style=style)
+            path = save_picture(draw_vocabulary, both, tmp_path / f"{number}.png", style=style)
             assert path.stat().st_size > 10_000
             assert "first order" in both._repr_html_()
 

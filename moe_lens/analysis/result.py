@@ -95,6 +95,10 @@ def html_table(
 
 def _plain(value: Any) -> Any:
     """Numpy, tuples and dictionaries as JSON knows them; NaN and infinities as ``None``."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biu":
+        return value.tolist()
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f" and np.isfinite(value).all():
+        return value.tolist()
     if isinstance(value, np.ndarray | np.generic):
         return _plain(value.tolist())
     if is_dataclass(value) and not isinstance(value, type):

@@ -1,6 +1,6 @@
 """How evenly experts are loaded, layer by layer, as a picture.
 
-save_balance(balance(trace), "balance.png")
+save_picture(draw_balance, balance(trace), "balance.png")
 
 To the left experts in the order of their load, as curves of a few layers or as a map of many; to
 the right what sums it up, each against a router that chooses at random.
@@ -8,8 +8,6 @@ the right what sums it up, each against a router that chooses at random.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,38 +17,13 @@ from matplotlib.figure import Figure
 
 from moe_lens.analysis.balance import Balance, PerLayer
 
-from .picture_file import write_picture
 from .series import group_colors, name_lines
 from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named, write_caption
 
-__all__ = ["draw_balance", "save_balance"]
+__all__ = ["draw_balance"]
 
 CURVES = 8
 """Layers whose curves can be told apart; more are drawn as a map."""
-
-
-def save_balance(
-    result: Balance,
-    path: str | os.PathLike[str],
-    *,
-    style: str = "light",
-    subtitle: str | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the picture, whole or not at all.
-
-    Args:
-        result: What `moe_lens.analysis.balance.balance` returned.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format or style is not known.
-        MoeLensError: The file cannot be written.
-    """
-    return write_picture(path, lambda: draw_balance(result, style=style, subtitle=subtitle), dpi)
 
 
 def draw_balance(result: Balance, *, style: str = "light", subtitle: str | None = None) -> Figure:

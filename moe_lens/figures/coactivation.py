@@ -1,14 +1,12 @@
 """Experts that are chosen together, as a picture: one layer, a few side by side, or all by depth.
 
-save_coactivation(found, "together.png")
-save_coactivation(found, "layer7.png", layer=7)
+save_picture(draw_coactivation, found, "together.png")
+save_picture(draw_coactivation, found, "layer7.png", layer=7)
 """
 
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,10 @@ from numpy.typing import NDArray
 
 from moe_lens.analysis.coactivation import Coactivation
 
-from .picture_file import write_picture
 from .series import group_colors, name_lines
 from .styles import PAGE_HEIGHT, TEXT_SIZE, TICK_SIZE, Style, style_named, write_caption
 
-__all__ = ["draw_coactivation", "save_coactivation"]
+__all__ = ["draw_coactivation"]
 
 FEW_LAYERS = 6
 """More layers than this are drawn small, with what changes by depth below them."""
@@ -36,34 +33,6 @@ _LARGEST = 4.0
 """Of log2 lift; what is beyond has the colour of the end of the scale."""
 
 
-def save_coactivation(
-    result: Coactivation,
-    path: str | os.PathLike[str],
-    *,
-    layer: int | None = None,
-    style: str = "light",
-    subtitle: str | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the picture, whole or not at all.
-
-    Args:
-        result: What `moe_lens.analysis.coactivation.coactivation` returned.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        layer: Model layer index of the only layer to draw; None for all.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format or style is not known, or the layer has no routed experts.
-        MoeLensError: The file cannot be written.
-    """
-    return write_picture(
-        path, lambda: draw_coactivation(result, layer=layer, style=style, subtitle=subtitle), dpi
-    )
-
-
 def draw_coactivation(
     result: Coactivation,
     *,
@@ -71,7 +40,7 @@ def draw_coactivation(
     style: str = "light",
     subtitle: str | None = None,
 ) -> Figure:
-    """The picture as a matplotlib figure; see `save_coactivation`."""
+    """The picture as a matplotlib figure; with `layer`, the model layer index of the one shown."""
     look = style_named(style)
     title = result.title if subtitle is None else f"{result.title} · {subtitle}"
     if layer is None and len(result.layers) > 1:

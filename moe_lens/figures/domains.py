@@ -1,6 +1,6 @@
 """Which expert prefers which domain, and how far layers tell domains apart, as a picture.
 
-save_domains(domains(trace), "domains.png")
+save_picture(draw_domains, domains(trace), "domains.png")
 
 Small models show every rate, a panel for each layer; large ones show which domain claims each
 expert, a row for each layer. Either way experts stand in the order of the domain they prefer.
@@ -8,8 +8,6 @@ expert, a row for each layer. Either way experts stand in the order of the domai
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,40 +20,15 @@ from numpy.typing import NDArray
 from moe_lens.analysis.domains import Domains
 
 from .colors import hex_color, readable_on
-from .picture_file import write_picture
 from .series import group_colors, name_lines
 from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named, write_caption
 
-__all__ = ["draw_domains", "save_domains"]
+__all__ = ["draw_domains"]
 
 # Panels of rates stand in a row as long as so many cells stay readable.
 RATE_LAYERS, RATE_EXPERTS, RATE_DOMAINS = 4, 32, 12
 NAMED_DOMAINS = 12
 NUMBERED_EXPERTS = 32
-
-
-def save_domains(
-    result: Domains,
-    path: str | os.PathLike[str],
-    *,
-    style: str = "light",
-    subtitle: str | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the picture, whole or not at all.
-
-    Args:
-        result: What `moe_lens.analysis.domains.domains` returned.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format or style is not known.
-        MoeLensError: The file cannot be written.
-    """
-    return write_picture(path, lambda: draw_domains(result, style=style, subtitle=subtitle), dpi)
 
 
 def draw_domains(result: Domains, *, style: str = "light", subtitle: str | None = None) -> Figure:

@@ -1,14 +1,12 @@
 """All experts of a model on one page: who specialises, layer by layer.
 
-save_experts(name_experts(trace), "experts.png")
+save_picture(draw_experts, name_experts(trace), "experts.png")
 """
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,11 +18,10 @@ from moe_lens.analysis.taxonomy import ROLES, ExpertCard, Taxonomy
 
 from .colors import hex_color, readable_on
 from .fonts import drawable, token_families
-from .picture_file import write_picture
 from .series import group_colors
 from .styles import PAGE_WIDTH, TICK_SIZE, Style, style_named, write_caption
 
-__all__ = ["draw_experts", "save_experts"]
+__all__ = ["draw_experts"]
 
 NAMED_COLUMNS = 20
 """Experts of a layer up to which their names are written into the cells."""
@@ -37,30 +34,6 @@ _QUIET = {
     "#15171c": {"generalist": "#343945", "rarely used": "#1f222a", "too little data": "#15171c"},
 }
 """Colours of the roles that claim nothing, by the paper of the style."""
-
-
-def save_experts(
-    result: Taxonomy,
-    path: str | os.PathLike[str],
-    *,
-    style: str = "light",
-    subtitle: str | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the picture, whole or not at all.
-
-    Args:
-        result: What `moe_lens.analysis.taxonomy.name_experts` returned.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format or style is not known.
-        MoeLensError: The file cannot be written.
-    """
-    return write_picture(path, lambda: draw_experts(result, style=style, subtitle=subtitle), dpi)
 
 
 def draw_experts(result: Taxonomy, *, style: str = "light", subtitle: str | None = None) -> Figure:

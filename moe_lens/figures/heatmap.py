@@ -26,7 +26,8 @@ from moe_lens.errors import UsageError
 
 from .colors import hex_color, readable_on, tag_color
 from .fonts import drawable, token_families
-from .picture_file import FORMATS, picture_format, write_pages
+from .formats import FORMATS, picture_format
+from .picture_file import write_pages
 from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named, write_caption
 
 __all__ = ["FORMATS", "draw_heatmap", "save_heatmap"]

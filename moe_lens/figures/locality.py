@@ -1,47 +1,20 @@
 """Neighbouring tokens that share experts, layer by layer, as a picture.
 
-save_locality(locality(trace), "locality.png")
+save_picture(draw_locality, locality(trace), "locality.png")
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
 
 from moe_lens.analysis.locality import Agreement, Locality
 
-from .picture_file import write_picture
 from .series import group_colors, name_lines
 from .styles import TEXT_SIZE, Style, style_named, write_caption
 
-__all__ = ["draw_locality", "save_locality"]
-
-
-def save_locality(
-    result: Locality,
-    path: str | os.PathLike[str],
-    *,
-    style: str = "light",
-    subtitle: str | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the picture, whole or not at all.
-
-    Args:
-        result: What `moe_lens.analysis.locality.locality` returned.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format or style is not known.
-        MoeLensError: The file cannot be written.
-    """
-    return write_picture(path, lambda: draw_locality(result, style=style, subtitle=subtitle), dpi)
+__all__ = ["draw_locality"]
 
 
 def draw_locality(result: Locality, *, style: str = "light", subtitle: str | None = None) -> Figure:

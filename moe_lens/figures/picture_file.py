@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_pdf import PdfPages
@@ -13,27 +14,10 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from moe_lens.atomic import replacing
-from moe_lens.errors import UsageError
 
-__all__ = ["FORMATS", "picture_format", "write_pages", "write_picture", "write_small"]
+from .formats import picture_format
 
-FORMATS = ("png", "svg", "pdf")
-
-
-def picture_format(path: str | os.PathLike[str]) -> str:
-    """One of `FORMATS`, from the ending of the name.
-
-    Raises:
-        UsageError: Pictures are not written in that format.
-    """
-    target = Path(path)
-    kind = target.suffix.lower().removeprefix(".")
-    if kind not in FORMATS:
-        raise UsageError(
-            f"pictures are written as {', '.join(FORMATS)}, not {target.suffix or 'no ending'!r}; "
-            f"name the file {target.stem}.png"
-        )
-    return kind
+__all__ = ["save_picture", "write_pages", "write_picture", "write_small"]
 
 
 def write_pages(pages: list[Figure], target: Path, dpi: int) -> None:
@@ -66,6 +50,36 @@ def write_picture(path: str | os.PathLike[str], draw: Callable[[], Figure], dpi:
     picture_format(target)
     write_pages([draw()], target, dpi)
     return target
+
+
+def save_picture(
+    draw: Callable[..., Figure],
+    result: Any,
+    path: str | os.PathLike[str],
+    *,
+    dpi: int = 150,
+    **options: Any,
+) -> Path:
+    """Draw the picture of a result and write it, whole or not at all.
+
+        save_picture(draw_domains, domains(trace), "domains.png", style="dark", subtitle="demo")
+
+    Args:
+        draw: The ``draw_...`` of the result.
+        result: What is drawn.
+        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
+        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
+        options: Handed to `draw`: ``style`` (``"light"`` or ``"dark"``), ``subtitle`` (put after
+            the title, such as the name of the model) and what else it takes.
+
+    Returns:
+        The path written.
+
+    Raises:
+        UsageError: As `picture_format`, before anything is drawn; and as `draw`.
+        MoeLensError: The file cannot be written.
+    """
+    return write_picture(path, lambda: draw(result, **options), dpi)
 
 
 def write_small(page: Figure, target: Path, dpi: int = 100) -> None:

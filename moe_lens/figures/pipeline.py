@@ -1,15 +1,13 @@
 """Experts across layers as pictures: where tokens flow, and what changes with depth.
 
-save_pipeline(found, "flow.png")
-save_pipeline(found, "math.png", label="math")
-save_depth(found, "depth.png", style="dark")
+save_picture(draw_pipeline, found, "flow.png")
+save_picture(draw_pipeline, found, "math.png", label="math")
+save_picture(draw_depth, found, "depth.png", style="dark")
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +20,10 @@ from moe_lens.analysis.pipeline.flows import Flows
 from moe_lens.errors import UsageError
 
 from .alluvial import Columns, draw_band, draw_bars
-from .picture_file import write_picture
 from .series import group_colors, name_lines
 from .styles import PAGE_WIDTH, TEXT_SIZE, Style, style_named, write_caption
 
-__all__ = ["draw_pipeline", "save_pipeline"]
+__all__ = ["draw_pipeline"]
 
 BARS = 20
 """Experts of a layer that have a bar, where all of them have room."""
@@ -46,38 +43,6 @@ THINNEST = 0.0012
 NO_LABEL = "no label"
 
 
-def save_pipeline(
-    result: Pipeline,
-    path: str | os.PathLike[str],
-    *,
-    style: str = "light",
-    subtitle: str | None = None,
-    label: str | None = None,
-    layers: Sequence[int] | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the flow diagram, whole or not at all.
-
-    Args:
-        result: What `moe_lens.analysis.pipeline.pipeline` returned.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        label: Only this label's tokens, with its chain framed.
-        layers: Model layer indices to show, successive MoE layers; all by default.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format, style, label or layers are not known.
-        MoeLensError: The file cannot be written.
-    """
-    return write_picture(
-        path,
-        lambda: draw_pipeline(result, style=style, subtitle=subtitle, label=label, layers=layers),
-        dpi,
-    )
-
-
 def draw_pipeline(
     result: Pipeline,
     *,
@@ -86,7 +51,18 @@ def draw_pipeline(
     label: str | None = None,
     layers: Sequence[int] | None = None,
 ) -> Figure:
-    """The flow diagram as a matplotlib figure; see `save_pipeline`."""
+    """The flow diagram as a matplotlib figure.
+
+    Args:
+        result: What `moe_lens.analysis.pipeline.pipeline` returned.
+        style: ``"light"`` or ``"dark"``.
+        subtitle: Put after the title, such as the name of the model.
+        label: Only this label's tokens, with its chain framed.
+        layers: Model layer indices to show, successive MoE layers; all by default.
+
+    Raises:
+        UsageError: The style, label or layers are not known.
+    """
     look = style_named(style)
     places = _places(result, layers)
     groups = _groups(result.flows, label)

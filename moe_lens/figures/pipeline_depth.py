@@ -1,12 +1,10 @@
 """What changes with depth: what a layer tells of the next, how alike they are, who specialises.
 
-save_depth(pipeline(trace), "depth.png")
+save_picture(draw_depth, pipeline(trace), "depth.png")
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,35 +13,10 @@ from numpy.typing import NDArray
 
 from moe_lens.analysis.pipeline import Pipeline
 
-from .picture_file import write_picture
 from .series import group_colors, name_lines
 from .styles import TEXT_SIZE, Style, style_named, write_caption
 
-__all__ = ["draw_depth", "save_depth"]
-
-
-def save_depth(
-    result: Pipeline,
-    path: str | os.PathLike[str],
-    *,
-    style: str = "light",
-    subtitle: str | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the picture, whole or not at all.
-
-    Args:
-        result: What `moe_lens.analysis.pipeline.pipeline` returned.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format or style is not known.
-        MoeLensError: The file cannot be written.
-    """
-    return write_picture(path, lambda: draw_depth(result, style=style, subtitle=subtitle), dpi)
+__all__ = ["draw_depth"]
 
 
 def draw_depth(result: Pipeline, *, style: str = "light", subtitle: str | None = None) -> Figure:

@@ -1,13 +1,11 @@
 """How much of the final routing each checkpoint has, layer by layer, as a picture.
 
-save_saturation(saturation(traces, steps=steps), "saturation.png")
+save_picture(draw_saturation, saturation(traces, steps=steps), "saturation.png")
 """
 
 from __future__ import annotations
 
-import os
 import textwrap
-from pathlib import Path
 from typing import Any
 
 from matplotlib.cm import ScalarMappable
@@ -16,40 +14,9 @@ from matplotlib.figure import Figure
 
 from moe_lens.analysis.saturation import Overlap, Saturation
 
-from .picture_file import write_picture
 from .styles import LINE_LENGTH, TEXT_SIZE, TICK_SIZE, Style, style_named
 
-__all__ = ["draw_saturation", "save_saturation"]
-
-
-def save_saturation(
-    result: Saturation,
-    path: str | os.PathLike[str],
-    *,
-    fraction: bool = False,
-    style: str = "light",
-    subtitle: str | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the picture, whole or not at all.
-
-    Args:
-        result: What `moe_lens.analysis.saturation.saturation` returned.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        fraction: Checkpoints stand at the share of all steps, instead of at their step.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format or style is not known.
-        MoeLensError: The file cannot be written.
-    """
-
-    def draw() -> Figure:
-        return draw_saturation(result, fraction=fraction, style=style, subtitle=subtitle)
-
-    return write_picture(path, draw, dpi)
+__all__ = ["draw_saturation"]
 
 
 def draw_saturation(
@@ -59,7 +26,10 @@ def draw_saturation(
     style: str = "light",
     subtitle: str | None = None,
 ) -> Figure:
-    """The picture as a matplotlib figure: a line for each layer, coloured by its depth."""
+    """The picture as a matplotlib figure: a line for each layer, coloured by its depth.
+
+    With `fraction`, the share of the steps stands to the right instead of the steps.
+    """
     look = style_named(style)
     title = result.title if subtitle is None else f"{result.title} · {subtitle}"
     figure = look.figure(7.2, title)

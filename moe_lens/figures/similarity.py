@@ -1,13 +1,11 @@
 """How alike the experts of each layer are, as a picture: pairs layer by layer, and their means.
 
-save_similarity(found, "similarity.png", measure="outputs")
+save_picture(draw_similarity, found, "similarity.png", measure="outputs")
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,49 +21,14 @@ from moe_lens.analysis.similarity.similarity import ExpertSimilarity
 from moe_lens.analysis.similarity.weights import LYING
 from moe_lens.errors import UsageError
 
-from .picture_file import write_picture
 from .series import group_colors, name_lines
 from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named, write_caption
 
-__all__ = ["draw_similarity", "expert_order", "save_similarity"]
+__all__ = ["draw_similarity", "expert_order"]
 
 MOST_PANELS = 8
 NUMBERED = 20
 """Experts whose ids fit at the side of a panel."""
-
-
-def save_similarity(
-    result: ExpertSimilarity,
-    path: str | os.PathLike[str],
-    *,
-    measure: str | None = None,
-    layers: Sequence[int] | None = None,
-    style: str = "light",
-    subtitle: str | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the picture, whole or not at all.
-
-    Args:
-        result: What `moe_lens.analysis.similarity` found.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        measure: Name of the measure that the panels show; by default the first of the result.
-        layers: Model layer index of each panel, 8 at most; by default evenly spread ones.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format, style, measure or a layer is not known.
-        MoeLensError: The file cannot be written.
-    """
-
-    def draw() -> Figure:
-        return draw_similarity(
-            result, measure=measure, layers=layers, style=style, subtitle=subtitle
-        )
-
-    return write_picture(path, draw, dpi)
 
 
 def draw_similarity(
@@ -76,10 +39,20 @@ def draw_similarity(
     style: str = "light",
     subtitle: str | None = None,
 ) -> Figure:
-    """The picture as a matplotlib figure; see `save_similarity`.
+    """The picture as a matplotlib figure.
 
     A panel for each layer, its experts in the order of a clustering, so that those alike stand
     together; below them the mean over pairs and the nearest partners of all layers.
+
+    Args:
+        result: What `moe_lens.analysis.similarity` found.
+        measure: Name of the measure that the panels show; by default the first of the result.
+        layers: Model layer index of each panel, 8 at most; by default evenly spread ones.
+        style: ``"light"`` or ``"dark"``.
+        subtitle: Put after the title, such as the name of the model.
+
+    Raises:
+        UsageError: The style, measure or a layer is not known.
     """
     look = style_named(style)
     shown = result.heads[0] if measure is None else result.measure(measure)

@@ -1,13 +1,11 @@
 """The vocabulary of experts as a picture: by layer, by expert, and the tokens themselves.
 
-save_vocabulary(Vocabulary.of(routed, written), "vocabulary.png")
+save_picture(draw_vocabulary, Vocabulary.of(routed, written), "vocabulary.png")
 """
 
 from __future__ import annotations
 
-import os
 import textwrap
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,41 +14,16 @@ from matplotlib.figure import Figure
 from moe_lens.analysis.vocabulary import RoutedVocabulary, Vocabulary, WrittenVocabulary
 
 from .fonts import drawable, token_families
-from .picture_file import write_picture
 from .series import group_colors, name_lines
 from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named
 
-__all__ = ["draw_vocabulary", "save_vocabulary"]
+__all__ = ["draw_vocabulary"]
 
 LISTED = 9
 """Experts whose tokens are written out."""
 
 LETTERS = 40
 """Letters of a list of tokens where there are three."""
-
-
-def save_vocabulary(
-    result: Vocabulary,
-    path: str | os.PathLike[str],
-    *,
-    style: str = "light",
-    subtitle: str | None = None,
-    dpi: int = 150,
-) -> Path:
-    """Write the picture, whole or not at all.
-
-    Args:
-        result: Both sides, or one.
-        path: File to write; its ending chooses the format: ``.png``, ``.svg`` or ``.pdf``.
-        style: ``"light"`` or ``"dark"``.
-        subtitle: Put after the title, such as the name of the model.
-        dpi: Dots per inch of a PNG; 150 gives 1920 pixels of width.
-
-    Raises:
-        UsageError: The format or style is not known.
-        MoeLensError: The file cannot be written.
-    """
-    return write_picture(path, lambda: draw_vocabulary(result, style=style, subtitle=subtitle), dpi)
 
 
 def draw_vocabulary(
