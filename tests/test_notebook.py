@@ -36,6 +36,7 @@ def test_it_runs(tmp_path: Path) -> None:
         for cell in notebook.cells
         if cell.cell_type == "code"
         for output in cell.outputs
+        if output.get("name") == "stdout"
     )
     rows = {line.split()[0]: line.split()[1:] for line in said.splitlines() if line.strip()}
     labels = rows.pop("masked")

@@ -8,6 +8,8 @@ import numpy as np
 
 from moe_lens.analysis.table import Cell, Table
 
+from .certainty import FEWEST_RUNS
+
 if TYPE_CHECKING:
     from .result import Coactivation, Pair
 
@@ -22,7 +24,7 @@ def said(found: Coactivation) -> list[str]:
     sentences = [_of_pair(top[0])] if top else []
     if not found.tested:
         reason = (
-            f"{found.runs} runs of prompts are too few, 10 are needed"
+            f"{found.runs} runs of prompts are too few, {FEWEST_RUNS} are needed"
             if found.runs
             else "a profile does not keep pairs by prompt"
         )
