@@ -23,18 +23,19 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from moe_lens.analysis.result import Result
-from moe_lens.analysis.table import Cell, Table
+from moe_lens.analysis.table import Table
 from moe_lens.atomic import write_bytes
 from moe_lens.errors import UsageError
 from moe_lens.telling import Progress
 
 from .agreement import Agreement, agree
-from .measures import Kind, Measure, PairMeans, upper
+from .measures import Kind, Measure
 from .origin import SAYS, Origins, origins
 from .outputs import CKA, PER_TOKEN
 from .routing import TOGETHER
 from .spectrum import Spectra
-from .weights import ALIGNED, LYING, Chance, WeightReading
+from .tables import agreement_table, mean_table, nearest_table, origin_table, rank_table
+from .weights import LYING, Chance, WeightReading
 
 __all__ = ["ExpertSimilarity", "similarity"]
 
@@ -43,9 +44,6 @@ DIGITS = 5
 
 MOST_VALUES = 1_000_000
 """Values of pairs in JSON, some 20 MB."""
-
-NEAREST = 6
-"""Pairs in a table."""
 
 _HEADS: dict[Kind, str] = {"weights": LYING, "outputs": PER_TOKEN, "routing": TOGETHER}
 """The measure that stands for each kind."""
@@ -194,99 +192,19 @@ class ExpertSimilarity(Result):
 
     def tables(self) -> list[Table]:
         """Means by layer, what weights look like, the nearest pairs, and what agrees."""
-        found = [self._means(kind) for kind in _HEADS if any(e.kind == kind for e in self.measures)]
+        kinds = [kind for kind in _HEADS if any(each.kind == kind for each in self.measures)]
+        found = [mean_table(kind, self.measures, self.layers) for kind in kinds]
         if self.origins is not None:
-            found.append(self._origins(self.origins))
+            assert self.aligned_pairs is not None and self.all_pairs is not None
+            pairs = zip(self.aligned_pairs, self.all_pairs, strict=True)
+            counted = [f"{some} of {every}" for some, every in pairs]
+            found.append(origin_table(self.origins, counted, self.layers))
         if self.spectra is not None:
-            found.append(self._ranks(self.spectra))
-        found += [self._nearest(each) for each in self.heads]
+            found.append(rank_table(self.spectra))
+        found += [nearest_table(each, self.heads, self.layers) for each in self.heads]
         if self.agreement is not None:
-            found.append(_agreement(self.agreement))
+            found.append(agreement_table(self.agreement))
         return found
-
-    def _means(self, kind: Kind) -> Table:
-        shown = [each for each in self.measures if each.kind == kind and self._told(each)]
-        means = [each.means() for each in shown]
-        rows: list[tuple[Cell, ...]] = []
-        for place, layer in enumerate(self.layers):
-            cells = [_mean(each, found, place) for each, found in zip(shown, means, strict=True)]
-            rows.append((layer, *cells))
-        title = f"Mean over pairs by {kind}; ± 95 % over experts, not prompts; (pairs, if not all)"
-        return Table(("layer", *(each.name for each in shown)), tuple(rows), title)
-
-    def _told(self, measure: Measure) -> bool:
-        """Whether the tables have room for it: of single projections only as they lie."""
-        return not (measure.part and measure.name.startswith(ALIGNED))
-
-    def _origins(self, seen: Origins) -> Table:
-        assert self.aligned_pairs is not None and self.all_pairs is not None
-        rows = tuple(
-            (
-                layer,
-                SAYS[seen.words[place]],
-                float(seen.mean[place]),
-                float(seen.highest[place]),
-                float(100 * seen.partnered[place]),
-                float(100 * seen.partnered_aligned[place]),
-                f"{self.aligned_pairs[place]} of {self.all_pairs[place]}",
-            )
-            for place, layer in enumerate(self.layers)
-        )
-        columns = (
-            "layer",
-            "experts look",
-            "mean",
-            "highest",
-            "% with partner",
-            "aligned",
-            "pairs aligned",
-        )
-        chance = "" if np.isnan(seen.chance_aligned) else f", aligned {seen.chance_aligned:.3f}"
-        title = (
-            "Cosines of all weights (partner: 0.5 or more); unrelated ones stay below "
-            f"{seen.chance:.4f}{chance}"
-        )
-        return Table(columns, rows, title)
-
-    def _ranks(self, seen: Spectra) -> Table:
-        rows: list[tuple[Cell, ...]] = []
-        for kind, name in enumerate(seen.projections):
-            random = seen.random[kind]
-            effective = np.concatenate([each[:, kind] for each in seen.effective])
-            difference = np.concatenate([each[:, kind] for each in seen.difference])
-            rows.append(
-                (
-                    name,
-                    " x ".join(map(str, seen.shapes[kind])),
-                    float(np.median(np.concatenate([each[:, kind] for each in seen.stable]))),
-                    float(np.median(effective)),
-                    random.effective,
-                    float(np.median(difference)),
-                    float(np.median(np.concatenate([each[:, kind] for each in seen.apart]))),
-                )
-            )
-        columns = (
-            "projection", "shape", "stable rank", "effective", "random matrix",
-            "difference of nearest", "|A - B|²",
-        )  # fmt: skip
-        read = sum(map(len, seen.experts))
-        return Table(columns, tuple(rows), f"Ranks, median of {read} experts read")
-
-    def _nearest(self, measure: Measure) -> Table:
-        heads = [each for each in self.heads if each is not measure]
-        found = []
-        for place, layer in enumerate(self.layers):
-            for one, two in measure.mutual(place):
-                found.append((float(measure.values[place][one, two]), place, layer, one, two))
-        found.sort(key=lambda pair: (-pair[0], pair[1:]))
-        rows: list[tuple[Cell, ...]] = []
-        for value, place, layer, one, two in found[:NEAREST]:
-            others = [float(each.values[place][one, two]) for each in heads]
-            rows.append((layer, f"{one} and {two}", value, *others))
-        columns = ("layer", "experts", measure.name, *(each.name for each in heads))
-        return Table(
-            columns, tuple(rows), f"Each other's nearest by {measure.name}, {len(found)} pairs"
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """All fields; of each measure also means, and nearest experts by layer.
@@ -379,30 +297,8 @@ def _definition(measures: Sequence[Measure]) -> str:
     )
 
 
-def _agreement(found: Agreement) -> Table:
-    median = found.median()
-    shown = [place for place in range(len(median)) if not np.isnan(median[place]).all()]
-    rows: list[tuple[Cell, ...]] = []
-    for row in shown:
-        cells = [None if row == each else f"{median[row, each]:.2f}" for each in shown]
-        rows.append((found.names[row], *cells))
-    columns = ("", *(found.names[place] for place in shown))
-    return Table(columns, tuple(rows), "Rank correlation over pairs, median of layers")
-
-
 def _span(values: NDArray[np.float64]) -> str:
     return f"{np.nanmin(values):.3f} to {np.nanmax(values):.3f}"
-
-
-def _mean(measure: Measure, found: PairMeans, place: int) -> Cell:
-    """``0.075 ± 0.004``; without an interval of a single projection or of some of the pairs."""
-    mean, high = found.mean[place], found.high[place]
-    if np.isnan(mean):
-        return None
-    if not measure.complete(place):
-        pairs = int((~np.isnan(upper(measure.values[place]))).sum())
-        return f"{mean:.3f} ({pairs})"
-    return f"{mean:.3f}" if measure.part or np.isnan(high) else f"{mean:.3f} ± {high - mean:.3f}"
 
 
 def _rounded(values: NDArray[np.floating]) -> Any:
