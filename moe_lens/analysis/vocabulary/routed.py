@@ -108,9 +108,9 @@ class RoutedVocabulary(Result):
         columns = [
             "layer",
             "all ids, %",
-            "by chance",
+            "all by chance",
             "frequent ids, %",
-            "by chance ",
+            "frequent by chance",
             "low",
             "high",
         ]
