@@ -73,9 +73,7 @@ def analysed(
         with stages() as show:
             yield Analysed(trace, str(trace.model["name"]), begin(show, READING), None, show)
         return
-    corpus = read_corpus(reads.data or DEFAULT_DATA)
-    if reads.data is None:
-        screen.note("no --data given: the text that comes with moe-lens is used (--data demo)")
+    corpus = read_corpus(text_of(reads))
     with stages(LOADING) as show, tempfile.TemporaryDirectory(prefix="moe-lens-") as folder:
         router = load(source, reads.trust_remote_code, stream=reads.stream, spinner=False)
         if router_logits and (reason := router.info.missing.get("router_logits")):
@@ -95,6 +93,13 @@ def analysed(
         for each in trace.notes:
             screen.note(each)
         yield Analysed(trace, router.name, begin(show, READING), router, show)
+
+
+def text_of(reads: Reads) -> str:
+    """The data named, or the text that comes with moe-lens; the latter is said."""
+    if reads.data is None:
+        screen.note("no --data given: the text that comes with moe-lens is used (--data demo)")
+    return reads.data or DEFAULT_DATA
 
 
 def _refuse_text(source: str, reads: Reads) -> None:

@@ -7,11 +7,10 @@ from typing import Annotated
 
 import typer
 
-from . import screen
 from .analysed import analysed
 from .bundles import Reads, Shown, bundled
 from .found import present
-from .graphs import check_graphs, write_graphs
+from .graphs import write_graphs
 from .options import (
     GraphFile,
     Source,
@@ -49,14 +48,14 @@ def coactivation(
     from moe_lens.analysis.coactivation import coactivation as find
     from moe_lens.analysis.coactivation import coactivation_graph
     from moe_lens.figures.coactivation import draw_coactivation
+    from moe_lens.trace import place_of
 
-    check_graphs(graph)
     with analysed(source, reads) as read:
+        if layer is not None:
+            place_of(read.trace.layers, layer)
         found = find(
             read.trace, adjacent_ranks=adjacent_ranks, seed=reads.seed, progress=read.progress
         )
-    if layer is not None:
-        found.place(layer)
     graphs = write_graphs(
         graph,
         lambda: coactivation_graph(found, layer),
@@ -69,7 +68,5 @@ def coactivation(
         read.name,
         shown,
         partial(draw_coactivation, layer=layer),
-        more={"graphs": graphs} if graphs else None,
+        files={"graphs": graphs} if graphs else None,
     )
-    if not shown.json:
-        screen.show(*map(str, graphs))

@@ -15,6 +15,7 @@ from .found import present
 from .options import (
     Source,
 )
+from .routing import read_expert
 
 
 class Role(StrEnum):
@@ -119,10 +120,7 @@ def _cell(
         return None
     if any(each is not None for each in (layer, role, name)):
         raise UsageError("--expert shows one expert: leave out --layer, --role and --name")
-    place, colon, number = expert.partition(":")
-    if not (colon and place.isdecimal() and number.isdecimal()):
-        raise UsageError(f"--expert {expert!r} names no expert; write LAYER:EXPERT, such as 3:7")
-    return int(place), int(number)
+    return read_expert(expert)
 
 
 def _check(trace: Any, layer: int | None, cell: tuple[int, int] | None) -> None:

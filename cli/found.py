@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import screen
@@ -21,7 +22,7 @@ def present(
     shown: Shown,
     draw: Callable[..., Figure],
     *,
-    more: dict[str, Any] | None = None,
+    files: Mapping[str, Path | Sequence[Path]] | None = None,
 ) -> None:
     """Show a result.
 
@@ -30,7 +31,7 @@ def present(
         name: The model.
         shown: How.
         draw: ``draw(result, style=, subtitle=)``, its picture.
-        more: Entries of the JSON beside the result, such as other files that were written.
+        files: Other files that were written, by their name in the JSON.
     """
     output = shown.output
     if output is not None:
@@ -38,7 +39,7 @@ def present(
 
         output = save_picture(draw, result, output, style=str(shown.theme), subtitle=name)
     if shown.json:
-        screen.emit_json({"model": name, "output": output, **(more or {}), **result.to_dict()})
+        screen.emit_json({"model": name, "output": output, **(files or {}), **result.to_dict()})
         return
     screen.heading(f"{result.title} · {name}", first=True)
     screen.show(*result.findings())
@@ -48,8 +49,11 @@ def present(
             screen.heading(table.title, first=True)
         screen.show(_table(table))
     screen.note(result.definition)
-    if output is not None:
-        screen.show("", str(output))
+    written = [] if output is None else [output]
+    for each in (files or {}).values():
+        written += [each] if isinstance(each, Path) else each
+    if written:
+        screen.show("", *map(str, written))
 
 
 def _table(table: Table) -> Any:

@@ -7,19 +7,6 @@ from pathlib import Path
 from typing import Any
 
 
-def check_graphs(files: Sequence[Path] | None) -> None:
-    """Refuse a name that says no format before anything is run.
-
-    Raises:
-        UsageError: Graphs are not written in that format.
-    """
-    if files:
-        from moe_lens.figures.graphs.graph_file import graph_format
-
-        for file in files:
-            graph_format(file)
-
-
 def write_graphs(
     files: Sequence[Path] | None,
     draw: Callable[[], Any],

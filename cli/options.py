@@ -140,11 +140,22 @@ PictureFile = Annotated[
 ]
 
 
+def _graphs(files: list[Path] | None) -> list[Path] | None:
+    """Refuse a format that graphs are not written in before anything runs."""
+    if files:
+        from moe_lens.figures.formats import graph_format
+
+        for file in files:
+            graph_format(file)
+    return files
+
+
 GraphFile = Annotated[
     list[Path] | None,
     typer.Option(
         "--graph",
         metavar="FILE",
+        callback=_graphs,
         help="Write the graph: .html (a page to explore), .dot, .json (node-link), .graphml or "
         ".mmd (Mermaid). Repeatable.",
     ),

@@ -13,7 +13,7 @@ from moe_lens.errors import UsageError
 from .analysed import analysed
 from .bundles import Reads, Shown, bundled
 from .found import present
-from .graphs import check_graphs, write_graphs
+from .graphs import write_graphs
 from .options import (
     GraphFile,
     Source,
@@ -66,7 +66,6 @@ def pipeline(
         raise UsageError("--label and --layers choose what the flow shows; leave out --view depth")
     if shown.output is None and (label or layers or view is View.DEPTH):
         raise UsageError("--view, --label and --layers are of the picture; add --output FILE")
-    check_graphs(graph)
     from moe_lens.analysis.pipeline import pipeline as find
     from moe_lens.analysis.pipeline import pipeline_graph
     from moe_lens.figures.pipeline import draw_pipeline
@@ -87,7 +86,7 @@ def pipeline(
         read.name,
         shown,
         draw_depth if view is View.DEPTH else flow,
-        more={"graphs": graphs} if graphs else None,
+        files={"graphs": graphs} if graphs else None,
     )
 
 

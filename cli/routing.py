@@ -94,6 +94,18 @@ def read_experts(texts: Sequence[str], option: str) -> dict[int, tuple[int, ...]
     return found
 
 
+def read_expert(text: str) -> tuple[int, int]:
+    """Layer and expert of ``3:7``, as ``--expert`` takes them.
+
+    Raises:
+        UsageError: If it is something else.
+    """
+    layer, colon, expert = text.partition(":")
+    if not (colon and _is_number(layer) and _is_number(expert)):
+        raise UsageError(f"--expert {text!r} names no expert; write LAYER:EXPERT, such as 3:7")
+    return int(layer), int(expert)
+
+
 def _is_number(text: str) -> bool:
     return text.isascii() and text.isdigit()
 

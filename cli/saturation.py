@@ -14,7 +14,7 @@ from moe_lens.errors import UsageError
 from moe_lens.telling import Stage, begin
 
 from . import screen
-from .analysed import DEFAULT_DATA
+from .analysed import DEFAULT_DATA, text_of
 from .bundles import Reads, Shown, bundled
 from .found import present
 from .models import load
@@ -72,13 +72,12 @@ def saturation(
     found = find_checkpoints(folders)
     if found[0].recorded:
         _refuse(found, reads, work)
-    elif reads.data is None:
-        screen.note("no --data given: the text that comes with moe-lens is used (--data demo)")
+    text = DEFAULT_DATA if found[0].recorded else text_of(reads)
     folder = tempfile.TemporaryDirectory(prefix="moe-lens-") if work is None else nullcontext(work)
     with stages() as show, folder as place:
         traces = record_checkpoints(
             found,
-            reads.data or DEFAULT_DATA,
+            text,
             place,
             load=lambda path: load(
                 str(path), reads.trust_remote_code, stream=reads.stream, spinner=False

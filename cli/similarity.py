@@ -127,8 +127,8 @@ def similarity(
     for note in watched.notes if chosen != ["weights"] else []:
         screen.note(note)
     draw = partial(draw_similarity, measure=measure, layers=layer)
-    more = {} if matrices is None else {"matrices": found.save(matrices)}
-    present(found, name, shown, draw, more=more)
+    files = {} if matrices is None else {"matrices": found.save(matrices)}
+    present(found, name, shown, draw, files=files)
 
 
 def _refuse_text(reads: Reads) -> None:

@@ -10,13 +10,14 @@ from moe_lens.errors import UnsupportedModelError, UsageError
 from moe_lens.telling import Stage, begin
 
 from . import screen
-from .analysed import DEFAULT_DATA, Analysed, analysed
+from .analysed import Analysed, analysed, text_of
 from .bundles import Reads, Shown, bundled
 from .found import present
 from .options import (
     Source,
 )
-from .vocab_options import By, Ids, Read, Wanted, all_texts, expert_named
+from .routing import read_expert
+from .vocab_options import By, Ids, Read, Wanted, all_texts
 
 if TYPE_CHECKING:
     from moe_lens import ExpertRouter
@@ -100,7 +101,7 @@ def vocab(
     What an expert pushes is the direct change of the logits by what it adds to the residual
     stream, mean over tokens routed to it; for that the model runs some of the text twice more.
     """
-    pair = expert_named(expert)
+    pair = None if expert is None else read_expert(expert)
     one = Wanted(by, read_as, ids, choices, fewest, top, layer, pair, directions, token, reads.seed)
     if shown.output is not None and one.alone:
         raise UsageError("a picture shows all experts: leave out --expert, --token or --output")
@@ -170,7 +171,7 @@ def _effects(
 
     return record_effects(
         router,
-        reads.data or DEFAULT_DATA,
+        text_of(reads),
         reading.unembedding,
         sample_size=reads.sample_size,
         sequence_length=reads.sequence_length,
@@ -188,7 +189,7 @@ def _counts(read: Analysed, reads: Reads, wanted: Wanted) -> IdCounts:
     if wanted.ids is Ids.PREDICTED and read.router is not None:
         predicted = record_predictions(
             read.router,
-            reads.data or DEFAULT_DATA,
+            text_of(reads),
             sample_size=reads.sample_size,
             sequence_length=reads.sequence_length,
             chat_template=reads.chat_template,

@@ -86,7 +86,8 @@ class Wanted:
 
     def check(self, router: ExpertRouter) -> list[Sink]:
         """Refuse what this model does not have, before it runs; nothing more is watched."""
-        from moe_lens.analysis.vocabulary import place_of, token_of
+        from moe_lens.analysis.vocabulary import token_of
+        from moe_lens.trace import place_of
 
         layer = self.layer if self.expert is None else self.expert[0]
         if layer is not None:
@@ -99,20 +100,6 @@ class Wanted:
         if self.token is not None:
             token_of(self.token, all_texts(router))
         return []
-
-
-def expert_named(text: str | None) -> tuple[int, int] | None:
-    """Layer and expert of ``LAYER:EXPERT``.
-
-    Raises:
-        UsageError: It is something else.
-    """
-    if text is None:
-        return None
-    layer, colon, expert = text.partition(":")
-    if not (colon and layer.isdecimal() and expert.isdecimal()):
-        raise UsageError(f"--expert {text} is not LAYER:EXPERT, such as 3:7")
-    return int(layer), int(expert)
 
 
 def all_texts(router: ExpertRouter) -> TokenTexts:

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe_lens.errors import MoeLensError, UsageError
-from moe_lens.figures.graphs.graph_file import GRAPH_FORMATS, MOST_EDGES, write_graph
+from moe_lens.figures.formats import GRAPH_FORMATS
+from moe_lens.figures.graphs.graph_file import MOST_EDGES, write_graph
 
 NASTY = [
     'say "hi"',

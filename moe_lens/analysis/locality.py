@@ -194,8 +194,9 @@ def locality(trace: Trace, *, seed: int = 0, progress: Progress | None = None) -
     ]
     k, width = used.mean(), trace.router_width
     random = _random(k, width)
+    drawn = draws(units.label, seed=seed)
     asked = [
-        _asked(seen, members, place, unit, random[place], seed)
+        _asked(seen, members, place, unit, random[place], drawn)
         for place, unit in enumerate(("share of pairs", "share of pairs", "experts per pair"))
     ]
     return Locality(
@@ -244,9 +245,8 @@ def _asked(
     place: int,
     unit: str,
     random: NDArray[np.float64],
-    seed: int,
+    drawn: NDArray[np.float64],
 ) -> Agreement:
-    drawn = draws(seen.units.label, seed=seed)
     value, low, high, shuffled = (np.full((len(members), len(random)), np.nan) for _ in range(4))
     for row, each in enumerate(members):
         pairs = seen.pairs[each]

@@ -20,6 +20,7 @@ from moe_lens.analysis.similarity.measures import Measure
 from moe_lens.analysis.similarity.similarity import ExpertSimilarity
 from moe_lens.analysis.similarity.weights import LYING
 from moe_lens.errors import UsageError
+from moe_lens.trace import place_of
 
 from .series import group_colors, name_lines
 from .styles import TEXT_SIZE, TICK_SIZE, Style, style_named, write_caption
@@ -107,13 +108,7 @@ def _places(result: ExpertSimilarity, layers: Sequence[int] | None) -> list[int]
         return sorted({int(place) for place in spread.round()})
     if len(layers) > MOST_PANELS:
         raise UsageError(f"a picture has room for {MOST_PANELS} layers, not {len(layers)}")
-    for layer in layers:
-        if layer not in result.layers:
-            raise UsageError(
-                f"layer {layer} has no routed experts; the MoE layers are "
-                f"{', '.join(map(str, result.layers))}"
-            )
-    return [result.layers.index(layer) for layer in layers]
+    return [place_of(result.layers, layer) for layer in layers]
 
 
 def _scale(shown: Measure, places: list[int]) -> Normalize:

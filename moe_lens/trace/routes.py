@@ -17,7 +17,7 @@ from moe_lens.kernels import NO_EXPERT
 
 from .tokens import TokenTexts
 
-__all__ = ["NO_EXPERT", "Routes"]
+__all__ = ["NO_EXPERT", "Routes", "place_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +61,7 @@ class Routes:
         Raises:
             UsageError: That layer has no routed experts.
         """
-        if layer not in self.layers:
-            raise UsageError(
-                f"layer {layer} has no routed experts; the MoE layers are {_listed(self.layers)}"
-            )
-        return self.layers.index(layer)
+        return place_of(self.layers, layer)
 
     def rows(self, start: int, stop: int) -> Routes:
         """The tokens ``start`` to ``stop`` (views, nothing is copied)."""
@@ -102,6 +98,19 @@ class Routes:
             expert_weights=np.concatenate([part.expert_weights for part in parts], axis=1),
             router_logits=np.concatenate(logits, axis=1) if len(logits) == len(parts) else None,
         )
+
+
+def place_of(layers: Sequence[int], layer: int) -> int:
+    """Place of a model layer among the MoE layers.
+
+    Raises:
+        UsageError: It has no routed experts.
+    """
+    if layer not in layers:
+        raise UsageError(
+            f"layer {layer} has no routed experts; the MoE layers are {_listed(layers)}"
+        )
+    return layers.index(layer)
 
 
 def _listed(layers: Sequence[int]) -> str:

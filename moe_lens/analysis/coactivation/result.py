@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moe_lens.analysis.resampling import FALSE_SHARE
 from moe_lens.analysis.result import Result
 from moe_lens.analysis.table import Table
-from moe_lens.errors import UsageError
+from moe_lens.trace import place_of
 
 from .certainty import FEWEST_RUNS, reach
 from .communities import Communities
@@ -172,12 +172,7 @@ class Coactivation(Result):
         Raises:
             UsageError: That layer has no routed experts.
         """
-        if layer not in self.layers:
-            raise UsageError(
-                f"layer {layer} has no routed experts; the MoE layers are "
-                f"{', '.join(map(str, self.layers))}"
-            )
-        return self.layers.index(layer)
+        return place_of(self.layers, layer)
 
     def findings(self) -> list[str]:
         """The strongest pair, how many there are, the inseparable, the communities."""

@@ -12,6 +12,7 @@ import numpy as np
 from moe_lens.analysis.result import Result
 from moe_lens.analysis.table import Cell, Table
 from moe_lens.errors import UsageError
+from moe_lens.trace import place_of
 
 from .cards import COLUMNS, ExpertCard, ExpertPage, TopicEvidence
 from .clusters import Cluster
@@ -225,9 +226,7 @@ class _Layered(Protocol):
 
 def check_expert(found: _Layered, layer: int, expert: int) -> None:
     """Raise a UsageError if there is no such expert."""
-    if layer not in found.layers:
-        known = ", ".join(map(str, found.layers))
-        raise UsageError(f"layer {layer} has no routed experts; the MoE layers are {known}")
+    place_of(found.layers, layer)
     if not 0 <= expert < found.router_width:
         raise UsageError(
             f"there is no expert {expert}; a layer has experts 0 to {found.router_width - 1}"

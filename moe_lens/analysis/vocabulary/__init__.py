@@ -14,7 +14,7 @@ The two need not agree: one is about what goes in, the other about what comes ou
 
 from .cards import DirectionTokens, ExpertCard, TokenCard, expert_card, token_card
 from .counting import IDS, IdCounts, count_ids
-from .overview import Vocabulary, place_of
+from .overview import Vocabulary
 from .routed import RoutedVocabulary, routed_vocabulary
 from .token_text import token_of
 from .written import Reading, WrittenVocabulary, written_vocabulary
@@ -31,7 +31,6 @@ __all__ = [
     "WrittenVocabulary",
     "count_ids",
     "expert_card",
-    "place_of",
     "routed_vocabulary",
     "token_card",
     "token_of",

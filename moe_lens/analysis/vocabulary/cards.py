@@ -12,10 +12,9 @@ from moe_lens.analysis.result import Result
 from moe_lens.analysis.table import Cell, Table
 from moe_lens.errors import UsageError
 from moe_lens.experts.directions import WriteDirections
-from moe_lens.trace import TokenTexts
+from moe_lens.trace import TokenTexts, place_of
 
 from .counting import IDS, IdCounts
-from .overview import place_of
 from .pushed import PushedTokens, standardised
 from .routed import RoutedVocabulary
 from .written import Reading, WrittenVocabulary

@@ -10,6 +10,7 @@ import numpy as np
 from moe_lens.analysis.result import Result
 from moe_lens.analysis.table import Cell, Table
 from moe_lens.errors import UsageError
+from moe_lens.trace import place_of
 
 from .routed import RoutedVocabulary
 from .written import WrittenVocabulary
@@ -116,16 +117,3 @@ class Vocabulary(Result):
             cells.append(float(100 * self.routed.share[place, expert]))
             cells.append(self.routed.top_texts(place, expert, 5))
         return cells
-
-
-def place_of(layers: tuple[int, ...], layer: int) -> int:
-    """Place of a model layer among the MoE layers.
-
-    Raises:
-        UsageError: It has no routed experts.
-    """
-    if layer not in layers:
-        raise UsageError(
-            f"layer {layer} has no routed experts; the MoE layers are {', '.join(map(str, layers))}"
-        )
-    return layers.index(layer)

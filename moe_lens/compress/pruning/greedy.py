@@ -19,8 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moe_lens.experts.answers import all_outputs
-from moe_lens.experts.layer_sample import VALUES, LayerSample, sample_reason
-from moe_lens.families import MoELayer
+from moe_lens.experts.layer_sample import LayerSample
 
 CANDIDATES = 8
 """Experts tried for every removal."""
@@ -37,14 +36,6 @@ class Removal:
     values: NDArray[np.float64]
     """[E] that loss by expert; for one that stays, what it would be if it went next. NaN for
     those that were protected, which are not tried."""
-
-
-def greedy_reason(layers: Sequence[MoELayer]) -> str | None:
-    """Why greedy removal cannot serve these layers, or None.
-
-    Every layer must show its inputs and logits, and take masks.
-    """
-    return sample_reason(layers, (*VALUES, "mask"))
 
 
 def remove_greedily(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_lens.atomic import write_bytes
-from moe_lens.errors import UsageError
+from moe_lens.figures.formats import graph_format
 from moe_lens.figures.styles import style_named
 
 from .dot import dot_text
@@ -32,28 +32,10 @@ from .plain import plain_graph
 if TYPE_CHECKING:
     from networkx import Graph
 
-__all__ = ["GRAPH_FORMATS", "MOST_EDGES", "graph_format", "strongest", "write_graph"]
-
-GRAPH_FORMATS = ("dot", "json", "graphml", "mmd", "html")
+__all__ = ["MOST_EDGES", "strongest", "write_graph"]
 
 MOST_EDGES = {"mmd": 200, "html": 1500}
 """Edges that a drawing holds by default; Mermaid refuses more than 500."""
-
-
-def graph_format(path: str | os.PathLike[str]) -> str:
-    """One of `GRAPH_FORMATS`, from the ending of the name.
-
-    Raises:
-        UsageError: Graphs are not written in that format.
-    """
-    target = Path(path)
-    kind = target.suffix.lower().removeprefix(".")
-    if kind not in GRAPH_FORMATS:
-        raise UsageError(
-            f"graphs are written as {', '.join(GRAPH_FORMATS)}, not "
-            f"{target.suffix or 'no ending'!r}; name the file {target.stem}.html"
-        )
-    return kind
 
 
 def write_graph(
